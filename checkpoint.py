@@ -1,0 +1,480 @@
+"""Models and resumable training state on disk, and no pickle anywhere.
+
+A pickle runs whatever code it carries when it is opened, and a flipped bit inside one loads without a word. So here:
+1. tensors are safetensors files (https://huggingface.co/docs/safetensors), written and read by hand: 8 bytes of length, a
+   JSON header, raw little-endian bytes. Every figure of the header is checked before a byte of memory is taken for it.
+2. a model is a Hugging Face folder: transformers opens what we save, and Llama and Qwen3 folders from there open here.
+   The parameters of model.py carry Hugging Face's names, so nothing is converted; only config.json is translated.
+3. the state of a run is a folder with a checksum for each file. It is whole or absent, whenever the process is killed.
+
+    >>> save_model(model, tokenizer, "my_model")
+    >>> model, tokenizer = load_model("my_model")
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpe import Tokenizer
+from config import UserError, open_whole, sync_folder
+from model import ModelConfig, Transformer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Tensors: the safetensors format
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+assert sys.byteorder == "little", "the bytes of tensors are written as they lie in memory, and the format is little-endian"
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: bytes start to end of the file."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def write_tensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
+    """Write a safetensors file, whole or not at all, with one tensor in (CPU) memory at a time.
+
+    Only `.shape` and `.dtype` are asked for before a tensor's turn comes, so the values may live anywhere until then.
+    Tensors that share memory are written once each: leave out what is tied.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # so that each lies at a multiple of its width
+    header, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    for name in names:
+        dtype, shape = tensors[name].dtype, list(tensors[name].shape)
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with open_whole(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(raw_bytes(tensors[name]))  # held by no name here, so gone before the next is fetched
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's values as they lie in memory, row after row: (bytes,) uint8."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def read_header(path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """({name: Entry}, metadata) of a safetensors file, checked: what they promise lies in the file, without gap or overlap.
+
+    Raises UserError, naming the file and what is wrong with it.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise UserError(f"{path} is no safetensors file, or cut short: a header of {length} bytes in a file of {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        entries = {name: checked_entry(name, info, 8 + length) for name, info in header.items()}
+        position = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):  # by start, then end
+            if entry.start != position:
+                raise ValueError(f"tensor {name} begins at byte {entry.start}, where byte {position} is next")
+            position = entry.end
+        if position != size:
+            raise ValueError(f"its header speaks of {position} bytes, the file has {size}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return entries, metadata
+
+
+def without_duplicates(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("its header names something twice")
+    return dict(pairs)
+
+
+def checked_entry(name: str, info, data_start: int) -> Entry:
+    match info:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            pass
+        case _:
+            raise ValueError(f"the header's entry for tensor {name} is {str(info):.100}")
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor {name} is of type {dtype:.20}, which is none of {' '.join(DTYPES)}")
+    if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in shape) or math.prod(n or 1 for n in shape) >= 2**63:
+        raise ValueError(f"tensor {name} cannot have the shape {str(shape):.100}")
+    if start < 0 or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"tensor {name}, {dtype} {shape}, cannot take bytes {start} to {end}")
+    return Entry(DTYPES[dtype], tuple(shape), data_start + start, data_start + end)
+
+
+def read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
+    data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(data.numpy()) != len(data):
+        raise UserError(f"{file.name} became shorter while it was read")
+    return data.view(entry.dtype).reshape(entry.shape)
+
+
+def each_tensor(path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) after tensor, in CPU memory, in the order they lie in the file."""
+    entries, _ = read_header(path)
+    with open(path, "rb") as file:
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+            yield name, read_tensor(file, entry)
+
+
+def read_tensors(path, device="cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name. Raises UserError, naming the file and what is wrong with it."""
+    return {name: tensor.to(device) for name, tensor in each_tensor(path)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Models: a Hugging Face folder
+
+FIELDS = {  # of ModelConfig: what config.json calls them
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+    "attention_bias": "attention_bias",
+}
+COMMON = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False}
+DEFAULTS = {  # what each architecture means where its config.json is silent
+    "LlamaForCausalLM": {**COMMON, "head_dim": None, "max_position_embeddings": 2048},
+    "Qwen3ForCausalLM": {**COMMON, "head_dim": 128, "max_position_embeddings": 32768},  # Llama with qk_norm
+}
+ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}  # else: not ours
+UNUSED = "rotary_emb.inv_freq"  # old Llama folders hold these tensors; model.py computes them
+
+
+def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_token: str = "<|endoftext|>"):
+    """Write config.json, model.safetensors and the tokenizer's files into a folder, as transformers lays them out.
+
+    eos_token: the special token at which generation ends; recorded where the tokenizer has it. Other files in the folder
+    stay. All is written beside the old files first, so a full disk loses nothing; then config.json goes first and comes
+    last, so a folder that has one is whole.
+    """
+    assert isinstance(model, Transformer), f"save the Transformer itself, not the {type(model).__name__} around it"
+    folder = Path(folder)
+    staging = folder / "save_model.tmp"
+    shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
+    staging.mkdir(parents=True)
+    try:
+        write_model(model, tokenizer, staging, eos_token)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk has its space back
+        raise
+    (folder / "config.json").unlink(missing_ok=True)
+    sync_folder(folder)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)
+    sync_folder(folder)
+    staging.rmdir()
+
+
+def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, eos_token: str):
+    config, tensors = model.config, model.state_dict()
+    assert tensors.keys() == empty_model(config).state_dict().keys(), "the model has been changed: merge its adapters first"
+    if config.tie_embeddings:
+        assert model.lm_head.weight is model.model.embed_tokens.weight, "the head has come loose from the embedding"
+        del tensors["lm_head.weight"]
+    write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    eos_id = None if tokenizer is None else tokenizer.special_tokens.get(eos_token)
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.json")
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
+            "clean_up_tokenization_spaces": False, **({} if eos_id is None else {"eos_token": eos_token})})
+    write_json(folder / "generation_config.json", {} if eos_id is None else {"eos_token_id": eos_id})
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**hf_config(config), "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": eos_id})
+
+
+def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
+    """(model in eval mode, its tokenizer or None) from a folder of ours, or one of transformers' Llama or Qwen3 models.
+
+    Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and where the
+    model has a feature that ours has not. In memory: the model in `dtype`, and a tensor or two as stored.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}")
+    model = empty_model(model_config(folder / "config.json"))
+    files = weight_files(folder)
+    shapes = {name: entry.shape for file in files for name, entry in read_header(file)[0].items()}
+    check_names(folder, shapes, model)
+    tensors = {}
+    for file in files:
+        for name, tensor in each_tensor(file):
+            if not name.endswith(UNUSED):
+                tensors[name] = tensor.to(device, dtype)
+    if model.config.tie_embeddings:
+        embedding = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+            raise UserError(f"{folder}: config.json ties head and embedding, but the two that are stored differ")
+    model.load_state_dict(tensors, assign=True)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # assigning made them two parameters over one memory
+    return model.eval(), load_tokenizer(folder, model.config)
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """A model of the right shapes without memory behind them."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: one, or those that an index lists."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{index} has no weight_map of tensors to files")
+        files = [folder / name for name in sorted(set(names.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {some(missing)}, which {index.name} lists; download it again")
+        return files
+    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
+    if pickles:
+        raise UserError(f"{folder} has its weights only as a pickle, {pickles[0].name}, which may run any code when it is "
+                        f"opened; get its model.safetensors instead")
+    raise UserError(f"{folder} has no model.safetensors")
+
+
+def check_names(folder: Path, shapes: dict[str, tuple], model: Transformer):
+    """UserError unless the stored tensors are those that the model has, in name and shape."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    missing = [name for name in wanted if name not in shapes and name not in optional]
+    unknown = [name for name in shapes if name not in wanted and not name.endswith(UNUSED)]
+    if missing:
+        raise UserError(f"{folder} lacks {some(missing)}, which its config.json implies")
+    if unknown:
+        raise UserError(f"{folder} has {some(unknown)}, which its config.json does not imply")
+    for name, shape in wanted.items():
+        if shapes.get(name, shape) != shape:
+            raise UserError(f"{folder}: {name} has shape {list(shapes[name])}, but its config.json implies {list(shape)}")
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {config.vocab_size}: "
+                        f"they do not belong together")
+    return tokenizer
+
+
+def hf_config(config: ModelConfig) -> dict:
+    """config.json of a model, without what belongs to its tokenizer."""
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+        "rope_theta": config.rope_theta, "rope_scaling": scaling,  # where transformers 4 looks for them; and 5:
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+    }
+
+
+def model_config(path: Path) -> ModelConfig:
+    """ModelConfig from a config.json of ours or of transformers 4 or 5; UserError where ours cannot express it."""
+    content = read_json(path)
+    name = str((content.get("architectures") or [content.get("model_type")])[0])
+    name = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(name, name)
+    if name not in DEFAULTS:
+        raise UserError(f"{path}: architecture {name!r} is not supported; {' and '.join(DEFAULTS)} are")
+    for key, value in ONLY.items():
+        if content.get(key, value) != value:
+            raise UserError(f"{path}: {key} {str(content[key]):.60} is not supported; only {value} is")
+    if any(kind != "full_attention" for kind in content.get("layer_types") or []):
+        raise UserError(f"{path}: layer_types other than full_attention are not supported")
+    content = {**DEFAULTS[name], **content}
+    values = {}
+    for ours, theirs in FIELDS.items():
+        value, kind = content.get(theirs), {"norm_eps": float, "tie_embeddings": bool, "attention_bias": bool}.get(ours, int)
+        if type(value) is not kind and not (value is None and DEFAULTS[name].get(theirs, 0) is None):
+            raise UserError(f"{path}: {theirs} must be of type {kind.__name__}, not {value!r:.60}")
+        values[ours] = value
+    try:
+        theta, scaling = rope_of(content)
+        return ModelConfig(**values, rope_theta=theta, rope_scaling=scaling, qk_norm=name == "Qwen3ForCausalLM")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def rope_of(content: dict) -> tuple[float, dict | None]:
+    """(theta, scaling) of a config.json: transformers 4 wrote rope_theta and rope_scaling, 5 puts both in rope_parameters."""
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise UserError(f"{key} {content[key]!r:.60} is not an object")
+        rope.update(content.get(key) or {})
+    theta = rope.pop("rope_theta", content.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise UserError(f"rope_theta {theta!r:.60} is not a positive number")
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0:
+        return float(theta), None
+    return float(theta), {"rope_type": kind, **rope}
+
+
+def write_json(path, content):
+    with open_whole(path, "w") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. State: what a run needs to go on as if it had never stopped
+#
+#   state/step_00000200/  <group>.safetensors …  state.json  SHA256SUMS (so `sha256sum -c SHA256SUMS` checks it too)
+#   state/step_00000200.tmp/   being written, or being removed: not a state
+#   state/step_00000200.old/   still a state: it stands in while the same step is written anew
+
+STATE_NAME = re.compile(r"step_(\d+)(\.old)?")
+
+
+def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], extra: dict, keep: int = 2):
+    """Write the state after `step` steps to <folder>/step_<step>, then remove all but the last `keep` states.
+
+    tensors: {group: {name: tensor}}, such as "model" and "optimizer". extra: what JSON can hold (tuples become lists).
+    At every moment, a kill or a full disk leaves all that was there before, or all of the new. Later steps that lie in the
+    folder are removed: whoever saves this step has gone back behind them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    final = folder / f"step_{step:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    temporary.mkdir()
+    try:
+        for group, named in tensors.items():
+            write_tensors(temporary / f"{group}.safetensors", named)
+        write_json(temporary / "state.json", {"step": step, "groups": list(tensors), "extra": extra})
+        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
+        with open_whole(temporary / "SHA256SUMS", "w") as file:
+            file.write(sums)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has its space back
+        raise
+    if final.exists():
+        old = final.with_name(final.name + ".old")
+        remove(old)
+        os.replace(final, old)
+    os.replace(temporary, final)
+    sync_folder(folder)
+    earlier = [state for state in states(folder) if step_of(state) < step]
+    for state in states(folder):
+        if state != final and state not in earlier[:keep - 1]:
+            remove(state)
+
+
+def load_state(folder, say=print) -> tuple[int, dict[str, dict[str, Tensor]], dict] | None:
+    """(step, tensors, extra) of the newest state that is whole, or None where there is none at all.
+
+    A state whose checksums do not hold is passed over for the one before it, and `say` is called with one line about it.
+    Raises UserError where there are states, but no whole one.
+    """
+    damaged = []
+    for state in states(Path(folder)):
+        try:
+            result = read_state(state)
+        except (UserError, OSError) as error:
+            damaged.append(f"state {state} is damaged ({error})")
+            continue
+        for line in damaged:
+            say(f"{line}; {state.name} is used instead")
+        return result
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}; there is no other: remove the folder to start anew")
+    return None
+
+
+def read_state(state: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict]:
+    try:
+        lines = (state / "SHA256SUMS").read_text(encoding="utf-8").split("\n")[:-1]
+        sums = dict(line.split("  ")[::-1] for line in lines)
+    except ValueError:
+        raise UserError("SHA256SUMS is not a list of checksums") from None
+    if "state.json" not in sums:
+        raise UserError("SHA256SUMS does not list state.json")
+    for name, expected in sums.items():
+        if sha256(state / name) != expected:
+            raise UserError(f"{name} has changed since it was written")
+    content = read_json(state / "state.json")
+    files = {group: f"{group}.safetensors" for group in content["groups"]}
+    if sums.keys() != {"state.json", *files.values()}:
+        raise UserError("SHA256SUMS does not list all files that state.json does")
+    return content["step"], {group: read_tensors(state / file) for group, file in files.items()}, content["extra"]
+
+
+def states(folder: Path) -> list[Path]:
+    """The folders of states, the newest first."""
+    found = [path for path in folder.glob("step_*") if STATE_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix != ".old"), reverse=True)
+
+
+def step_of(state: Path) -> int:
+    return int(STATE_NAME.fullmatch(state.name)[1])
+
+
+def remove(state: Path):
+    """Remove a state at one stroke: what is killed half-way bears a name that nobody reads."""
+    if state.exists():
+        doomed = state.with_name(state.name + ".tmp")
+        os.replace(state, doomed)
+        shutil.rmtree(doomed)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

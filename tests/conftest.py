@@ -1,0 +1,5 @@
+"""Tests import the project's files by name, from wherever pytest is started."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -1,0 +1,625 @@
+"""checkpoint.py: tensors, models and states on disk; against the safetensors package and transformers; damaged and killed."""
+import builtins
+import errno
+import json
+import math
+import os
+import shutil
+import struct
+import weakref
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import checkpoint
+from bpe import Tokenizer
+from checkpoint import load_model, load_state, read_header, read_tensors, save_model, save_state, write_tensors
+from config import UserError
+from model import ModelConfig, Transformer
+
+SAFE_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
+
+
+def bits(tensor):
+    """The bytes of a tensor: what must be equal, for nan and -0.0 too."""
+    return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def some_tensor(dtype, shape):
+    size = math.prod(shape) * dtype.itemsize
+    data = torch.randint(0, 2 if dtype is torch.bool else 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return data.view(dtype).reshape(shape)
+
+
+def zoo():
+    """Every type in the shapes that go wrong: no dimension, no element, odd sizes, ones."""
+    return {f"{name} {list(shape)} 张量": some_tensor(dtype, shape) for name, dtype in checkpoint.DTYPES.items()
+            for shape in ((), (0,), (3, 0, 2), (1,), (3, 5), (2, 1, 3))}
+
+
+# Tensors
+
+
+def test_a_file_is_eight_bytes_of_length_a_json_header_and_raw_bytes(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.tensor([1.0, -2.0])})
+    content = (tmp_path / "x").read_bytes()
+    length, = struct.unpack("<Q", content[:8])
+    assert json.loads(content[8:8 + length]) == {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    assert content[8 + length:] == struct.pack("<ff", 1.0, -2.0)
+    assert length % 8 == 0, "the data must begin at a multiple of 8"
+
+
+def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
+    write_tensors(tmp_path / "x", zoo(), metadata={"format": "pt", "为": "什么"})
+    read = read_tensors(tmp_path / "x")
+    assert {name: bits(tensor) for name, tensor in read.items()} == {name: bits(tensor) for name, tensor in zoo().items()}
+    assert read_header(tmp_path / "x")[1] == {"format": "pt", "为": "什么"}
+
+
+def test_the_safetensors_package_reads_what_we_write(tmp_path):
+    write_tensors(tmp_path / "x", zoo(), metadata={"format": "pt"})
+    wanted = {name: tensor for name, tensor in zoo().items() if tensor.dtype in SAFE_NAMES}
+    with safetensors.safe_open(tmp_path / "x", "pt") as file:
+        assert set(file.keys()) == set(zoo()) and file.metadata() == {"format": "pt"}
+        for name, tensor in wanted.items():
+            assert bits(file.get_tensor(name)) == bits(tensor), name
+
+
+def test_we_read_what_the_safetensors_package_writes(tmp_path):
+    tensors = {name: tensor for name, tensor in zoo().items() if tensor.dtype in SAFE_NAMES}
+    safetensors.torch.save_file(tensors, tmp_path / "x", metadata={"a": "b"})
+    read = read_tensors(tmp_path / "x")
+    assert {name: bits(tensor) for name, tensor in read.items()} == {name: bits(tensor) for name, tensor in tensors.items()}
+    assert read_header(tmp_path / "x")[1] == {"a": "b"}
+
+
+def test_every_type_of_the_safetensors_package_is_known():
+    assert safetensors.torch._TYPES.items() <= checkpoint.DTYPES.items()
+
+
+def test_views_transposed_strided_and_with_gradients_are_written_as_they_look(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {"t": base.t(), "s": base[1:, ::2], "e": torch.ones(1).expand(3, 2), "p": torch.nn.Parameter(base),
+               "c": torch.tensor([1 + 2j], dtype=torch.complex64).conj()}
+    write_tensors(tmp_path / "x", tensors)
+    for name, tensor in read_tensors(tmp_path / "x").items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_no_tensors_at_all_is_a_file_too(tmp_path):
+    write_tensors(tmp_path / "x", {})
+    assert read_tensors(tmp_path / "x") == {} == safetensors.torch.load_file(tmp_path / "x")
+
+
+def test_each_tensor_lies_at_a_multiple_of_its_width(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.zeros(2, dtype=torch.float64)})
+    assert all(entry.start % entry.dtype.itemsize == 0 for entry in read_header(tmp_path / "x")[0].values())
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    """Values are asked for only when their turn comes; before that, shape and type must do."""
+    alive = []
+
+    class Lazy:
+        dtype, shape = torch.float32, (2,)
+
+        def detach(self):
+            assert not any(tensor() is not None for tensor in alive), "an earlier tensor is still held"
+            tensor = torch.ones(2)
+            alive.append(weakref.ref(tensor))
+            return tensor
+    write_tensors(tmp_path / "x", {"a": Lazy(), "b": Lazy()})
+    assert torch.equal(read_tensors(tmp_path / "x")["b"], torch.ones(2))
+
+
+def file_of(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize("header, data, message", [
+    ({"a": entry()}, b"123", "its header speaks of"),
+    ({"a": entry()}, b"12345", "its header speaks of"),
+    ({"a": entry(), "b": entry()}, b"1234", "tensor b begins at byte"),
+    ({"a": entry(offsets=(4, 8))}, b"12345678", "tensor a begins at byte"),
+    ({"a": entry(offsets=(0, 8))}, b"12345678", r"tensor a, F32 \[1\], cannot take bytes 0 to 8"),
+    ({"a": entry(offsets=(4, 0))}, b"1234", "cannot take bytes 4 to 0"),
+    ({"a": entry(offsets=(-4, 0))}, b"", "cannot take bytes -4 to 0"),
+    ({"a": entry(shape=(2**62,), offsets=(0, 2**64))}, b"", "its header speaks of"),
+    ({"a": entry(shape=(2**62, 4), offsets=(0, 4))}, b"1234", "tensor a cannot have the shape"),
+    ({"a": entry(shape=(2**62, 2**62, 0), offsets=(0, 0))}, b"", "tensor a cannot have the shape"),
+    ({"a": entry(shape=(-1,), offsets=(0, -4))}, b"", "tensor a cannot have the shape"),
+    ({"a": entry(shape=(1.0,))}, b"1234", "tensor a cannot have the shape"),
+    ({"a": entry(shape=[1] * 65)}, b"1234", "tensor a cannot have the shape"),
+    ({"a": entry(dtype="F31")}, b"1234", "tensor a is of type F31, which is none of F64 F32"),
+    ({"a": {"dtype": "F32"}}, b"", "the header's entry for tensor a is {'dtype': 'F32'}"),
+    ({"a": [1]}, b"", r"the header's entry for tensor a is \[1\]"),
+    ({"a": entry(offsets=("0", "4"))}, b"1234", "the header's entry for tensor a"),
+    (b'{"a": 1, "a": 2}', b"", "its header names something twice"),
+    (b"[]", b"", "its header is not a JSON object"),
+    (b'{"a"', b"", "is damaged: "),
+    (b"\xff\xff", b"", "is damaged: "),
+    (b"[" * 100_000, b"", "is damaged: "),
+])
+def test_a_header_that_does_not_fit_its_file_is_refused_by_name(tmp_path, header, data, message):
+    path = file_of(tmp_path / "a file", header, data)
+    with pytest.raises(UserError, match=message) as error:
+        read_tensors(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [2, 2**32, 2**63, 2**64 - 1])
+def test_a_huge_header_length_takes_no_memory(tmp_path, length):
+    path = file_of(tmp_path / "x", b"{}", b"", length)
+    if length == 2:
+        assert read_tensors(path) == {}
+    else:
+        with pytest.raises(UserError, match=f"a header of {length} bytes in a file of 10"):
+            read_tensors(path)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.int8)})
+    content = (tmp_path / "x").read_bytes()
+    for size in range(len(content)):
+        (tmp_path / "cut").write_bytes(content[:size])
+        with pytest.raises(UserError, match="cut"):
+            read_tensors(tmp_path / "cut")
+
+
+def test_any_flipped_bit_of_a_header_gives_an_error_or_tensors_never_a_crash(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.int8)})
+    content = (tmp_path / "x").read_bytes()
+    length, = struct.unpack("<Q", content[:8])
+    for position in range(0, (8 + length) * 8, 3):  # 3 and 8 share no factor: every bit occurs
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        (tmp_path / "flipped").write_bytes(flipped)
+        try:
+            read_tensors(tmp_path / "flipped")
+        except UserError:
+            pass
+
+
+# Models
+
+
+def random_model(**settings):
+    """A small model with no zeros where training starts with zeros: each weight must matter to the logits."""
+    model = Transformer(ModelConfig(**{"vocab_size": 320, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2,
+                                       "ffn_dim": 48, "max_seq_len": 64, **settings}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.dim() == 1))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = "def hello(name):\n    return 'hello ' + name  # größer 大\n" * 5
+    return Tokenizer.train([text], 290, special_tokens=("<|endoftext|>",))
+
+
+IDS = torch.arange(40).reshape(2, 20) * 7 % 320
+KINDS = [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"qk_norm": True, "tie_embeddings": True, "head_dim": 16},
+         {"attention_bias": True, "rope_theta": 500000.0, "norm_eps": 1e-5}, {"n_kv_heads": None}]
+
+
+@torch.no_grad()
+def difference(ours, theirs):
+    return (ours(IDS) - theirs(IDS).logits).abs().max().item()
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_transformers_opens_what_we_save_with_equal_logits_and_ids(tmp_path, tokenizer, settings):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = random_model(**settings)
+    save_model(model, tokenizer, tmp_path / "模型 1")
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "模型 1", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if settings.get("qk_norm") else "LlamaForCausalLM")
+    # 1e-5: float32 rounds at 1e-7 of logits of size ~10, the sums are taken in another order
+    assert difference(model, theirs.eval()) < 1e-5
+    assert theirs.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.special_tokens["<|endoftext|>"]
+    opened = AutoTokenizer.from_pretrained(tmp_path / "模型 1")
+    for text in ("def hello(x): return 'größer 大'", "  \n\n a", "", "naïve 😀 ~"):
+        assert opened(text)["input_ids"] == tokenizer.encode(text)
+        assert opened.decode(tokenizer.encode(text)) == text
+    assert opened.eos_token == "<|endoftext|>" and opened.model_max_length == 64
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("settings", KINDS)
+def test_we_open_what_transformers_saves_with_equal_logits(tmp_path, settings, shards):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    Config, Model = (Qwen3Config, Qwen3ForCausalLM) if settings.get("qk_norm") else (LlamaConfig, LlamaForCausalLM)
+    ours = random_model(**settings)
+    content = checkpoint.hf_config(ours.config)
+    theirs = Model(Config(**{key: value for key, value in content.items() if key not in ("rope_theta", "rope_scaling")})).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    theirs.save_pretrained(tmp_path / "m", **({"max_shard_size": "20KB"} if shards else {}))
+    assert (tmp_path / "m" / "model.safetensors.index.json").exists() == shards
+    model, tokenizer = load_model(tmp_path / "m")
+    assert tokenizer is None and not model.training
+    assert difference(model, theirs) < 1e-5
+    assert model.config == ours.config
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_a_saved_model_is_loaded_bit_for_bit(tmp_path, tokenizer, settings):
+    model = random_model(**settings)
+    save_model(model, tokenizer, tmp_path)
+    loaded, tokenizer_again = load_model(tmp_path)
+    assert loaded.config == model.config and tokenizer_again.fingerprint == tokenizer.fingerprint
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_tied_head_is_written_once_and_is_one_parameter_after_loading(tmp_path):
+    save_model(random_model(tie_embeddings=True), None, tmp_path)
+    assert "lm_head.weight" not in read_tensors(tmp_path / "model.safetensors")
+    model, _ = load_model(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_type_is_the_readers_choice_and_recorded(tmp_path):
+    from transformers import AutoModelForCausalLM
+    save_model(random_model().to(torch.bfloat16), None, tmp_path)
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert next(load_model(tmp_path)[0].parameters()).dtype is torch.float32
+    assert next(load_model(tmp_path, dtype=torch.bfloat16)[0].parameters()).dtype is torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype is torch.bfloat16
+
+
+def test_config_json_of_transformers_4_is_understood(tmp_path):
+    path = tmp_path / "config.json"
+    old = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128,
+           "num_hidden_layers": 2, "num_attention_heads": 4, "rope_theta": 1e6, "rope_scaling": None, "pretraining_tp": 1}
+    path.write_text(json.dumps(old))
+    config = checkpoint.model_config(path)
+    assert (config.rope_theta, config.n_kv_heads, config.max_seq_len, config.head_dim) == (1e6, 4, 2048, 16)
+    assert not config.tie_embeddings and not config.qk_norm and config.norm_eps == 1e-6
+    path.write_text(json.dumps({**old, "architectures": ["Qwen3ForCausalLM"]}))
+    assert checkpoint.model_config(path).head_dim == 128, "Qwen3's own default, whatever the width"
+
+
+def test_what_an_old_llama_folder_holds_besides_is_passed_over(tmp_path):
+    model = random_model()
+    save_model(model, None, tmp_path)
+    tensors = read_tensors(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)[0](IDS), model(IDS))
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported; LlamaForCausalLM and Qwen3"),
+    ({"architectures": None, "model_type": "mamba"}, "architecture 'mamba' is not supported"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling .*llama3.* is not supported"),
+    ({"rope_scaling": {"type": "yarn", "factor": 8.0}, "rope_parameters": None}, "rope_scaling .*yarn.* is not supported"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_scaling .*partial_rotary_factor.* is not supported"),
+    ({"rope_parameters": [1]}, r"rope_parameters \[1\] is not an object"),
+    ({"rope_parameters": {"rope_theta": "a"}}, "rope_theta 'a' is not a positive number"),
+    ({"hidden_act": "gelu"}, "hidden_act gelu is not supported; only silu is"),
+    ({"mlp_bias": True}, "mlp_bias True is not supported"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4} is not supported"),
+    ({"use_sliding_window": True}, "use_sliding_window True is not supported"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than full_attention"),
+    ({"hidden_size": "wide"}, "hidden_size must be of type int, not 'wide'"),
+    ({"hidden_size": None}, "hidden_size must be of type int, not None"),
+    ({"hidden_size": 0}, "dim 0 is out of range"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps must be of type float"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings must be of type bool"),
+    ({"intermediate_size": 50}, r"model.layers.0.mlp.gate_proj.weight has shape \[48, 32\], but its config.json implies \[50, 32\]"),
+    ({"num_hidden_layers": 3}, "lacks model.layers.2.*, .* and 6 more, which its config.json implies"),
+    ({"num_hidden_layers": 1}, "has model.layers.1.* and 6 more, which its config.json does not imply"),
+    ({"tie_word_embeddings": True}, "ties head and embedding, but the two that are stored differ"),
+])
+def test_a_model_that_is_not_what_config_json_says_or_not_ours_is_one_line(tmp_path, changes, message):
+    save_model(random_model(), None, tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_missing_from_a_model_folder_is_named(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="there is no model folder .*nowhere"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has no config.json"):
+        load_model(tmp_path)
+    save_model(random_model(), tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        load_model(tmp_path)
+    save_model(random_model(), tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no model.safetensors"):
+        load_model(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="only as a pickle, pytorch_model.bin, .* get its model.safetensors instead"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(UserError, match="lacks model-1.safetensors, which model.safetensors.index.json lists"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(UserError, match="has no weight_map"):
+        load_model(tmp_path)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokenizer):
+    save_model(random_model(vocab_size=280), tokenizer, tmp_path)
+    with pytest.raises(UserError, match=f"the tokenizer has {tokenizer.vocab_size} tokens, the model knows 280"):
+        load_model(tmp_path)
+
+
+def test_a_model_inside_something_else_or_with_something_else_inside_is_not_saved(tmp_path):
+    model = random_model()
+    with pytest.raises(AssertionError, match="save the Transformer itself"):
+        save_model(torch.nn.DataParallel(model), None, tmp_path)
+    model.lm_head.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(AssertionError, match="the model has been changed"):
+        save_model(model, None, tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+# State
+
+STATE = {"model": {"w": torch.arange(6.0).reshape(2, 3), "empty": torch.zeros(0)},
+         "optimizer": {"w.m": torch.full((2, 3), 0.5), "step": torch.tensor(7)}}
+
+
+def state_at(step):
+    """Tensors and extra that tell which step they are of."""
+    return {"model": {"w": torch.full((4,), float(step))}, "optimizer": {"m": torch.tensor(step)}}, {"loss": step / 3}
+
+
+def save_at(folder, step, **options):
+    save_state(folder, step, *state_at(step), **options)
+
+
+def check(result, step):
+    tensors, extra = state_at(step)
+    assert result is not None and result[0] == step and result[2] == extra
+    for group in tensors:
+        for name in tensors[group]:
+            assert torch.equal(result[1][group][name], tensors[group][name])
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_a_state_comes_back_equal(tmp_path):
+    extra = {"seed": 2**62, "lr": 1 / 3, "rng": [1, 2], "路径": "a b", "none": None, "inf": math.inf}
+    save_state(tmp_path / "my run" / "state", 12, STATE, extra)
+    step, tensors, extra_again = load_state(tmp_path / "my run" / "state")
+    assert step == 12 and extra_again == extra
+    assert {g: {n: bits(t) for n, t in named.items()} for g, named in tensors.items()} == \
+        {g: {n: bits(t) for n, t in named.items()} for g, named in STATE.items()}
+
+
+def test_where_no_state_is_none_is_loaded(tmp_path):
+    assert load_state(tmp_path / "nowhere") is None and load_state(tmp_path) is None
+
+
+def test_the_newest_state_is_loaded_and_the_last_two_are_kept(tmp_path):
+    for step in (9, 10, 100):
+        save_at(tmp_path, step)
+    assert names(tmp_path) == ["step_00000010", "step_00000100"]
+    check(load_state(tmp_path), 100)
+    save_at(tmp_path, 10**8, keep=1)
+    assert names(tmp_path) == ["step_100000000"]
+    check(load_state(tmp_path), 10**8)
+    os.rename(tmp_path / "step_100000000", tmp_path / "step_5")
+    save_at(tmp_path, 7)
+    assert names(tmp_path) == ["step_00000007", "step_5"], "steps are numbers, not text"
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    save_at(tmp_path, 1)
+    save_at(tmp_path, 2)
+    save_state(tmp_path, 2, *state_at(3))
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    assert load_state(tmp_path)[2] == {"loss": 1.0}
+
+
+def test_who_goes_back_leaves_no_later_step_behind(tmp_path):
+    for step in (1, 2, 3):
+        save_at(tmp_path, step)
+    save_at(tmp_path, 2, keep=2)
+    check(load_state(tmp_path), 2)
+
+
+def test_sha256sum_can_check_a_state_too(tmp_path):
+    save_at(tmp_path, 1)
+    lines = (tmp_path / "step_00000001" / "SHA256SUMS").read_text().splitlines()
+    assert [line[64:] for line in lines] == ["  model.safetensors", "  optimizer.safetensors", "  state.json"]
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"]
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "gone":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[:-5])
+    elif how == "longer":
+        path.write_bytes(content + b"\n1")
+    elif how == "first line cut":
+        path.write_bytes(content.partition(b"\n")[2] or b"\0" * len(content))
+    else:
+        content[int(len(content) * how)] ^= 4
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "cut", "longer", "first line cut", 0.0, 0.2, 0.5, 0.8, 0.999])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_state_is_passed_over_for_the_one_before_it_and_that_is_said(tmp_path, capsys, name, how):
+    save_at(tmp_path, 1)
+    save_at(tmp_path, 2)
+    damage(tmp_path / "step_00000002" / name, how)
+    check(load_state(tmp_path), 1)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.endswith("; step_00000001 is used instead\n")
+    assert f"state {tmp_path / 'step_00000002'} is damaged (" in said
+
+
+def test_every_flipped_bit_of_a_state_is_noticed(tmp_path):
+    save_at(tmp_path, 1)
+    state = tmp_path / "step_00000001"
+    for name in FILES:
+        content = (state / name).read_bytes()
+        for position in range(0, len(content) * 8, 11):  # 11 and 8 share no factor: every bit occurs
+            flipped = bytearray(content)
+            flipped[position // 8] ^= 1 << position % 8
+            (state / name).write_bytes(flipped)
+            with pytest.raises(UserError, match="damaged"):
+                load_state(tmp_path)
+        (state / name).write_bytes(content)
+    check(load_state(tmp_path), 1)
+
+
+def test_where_all_states_are_damaged_nothing_is_made_up(tmp_path):
+    for step in (1, 2):
+        save_at(tmp_path, step)
+        damage(tmp_path / f"step_{step:08d}" / "model.safetensors", 0.5)
+    with pytest.raises(UserError, match="step_00000002 is damaged .*step_00000001 is damaged .*there is no other") as error:
+        load_state(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+class Killed(BaseException):
+    """Like kill -9: nothing after it may be counted on, so nothing on disk is done after it either."""
+
+
+def dying_at(monkeypatch, n, error):
+    """Let the n-th call that changes the disk (open to write, mkdir, fsync, rename, remove), and all after it, raise."""
+    calls = 0
+
+    def wrap(function, changes_disk=lambda *args, **kwargs: True):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            if changes_disk(*args, **kwargs):
+                calls += 1
+                if calls == n or calls > n and isinstance(error, Killed):
+                    raise error
+            return function(*args, **kwargs)
+        return wrapped
+    for name in ("replace", "mkdir", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+    monkeypatch.setattr(os, "fsync", wrap(lambda file: None))  # the power stays on in this test; waiting for disks is slow
+    monkeypatch.setattr(builtins, "open", wrap(open, lambda path, mode="r", **_: "w" in mode))
+    return lambda: calls
+
+
+def each_death(tmp_path, prepare, act, survives, error):
+    """Run act(folder) again and again, dying at its 1st, 2nd, … change to the disk, until it lives; survives(folder) each time."""
+    for n in range(1, 500):
+        folder = tmp_path / str(n)
+        prepare(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = dying_at(patch, n, error)
+            try:
+                act(folder)
+            except type(error):
+                pass
+            died = calls() >= n
+        survives(folder, died)
+        shutil.rmtree(folder)
+        if not died:
+            assert n > 10, "the changes to the disk were not seen: has the code another way to make them?"
+            return
+    raise AssertionError("it never lives")
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [Killed(), FULL])
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("before, step", [((), 1), ((1,), 2), ((1, 2), 3), ((1, 2), 2), ((1,), 1), ((2, 3), 1)])
+def test_killed_or_full_at_any_moment_a_whole_state_is_left_and_the_next_save_works(tmp_path, before, step, keep, error):
+    def prepare(folder):
+        for earlier in before:
+            save_at(folder, earlier)
+
+    def survives(folder, died):
+        result = load_state(folder)
+        if result is None:
+            assert died and not before
+        else:
+            assert result[0] in (step, *before)
+            check(result, result[0])
+            assert died or result[0] == step
+        save_at(folder, step, keep=keep)  # as the run does after it was started again
+        check(load_state(folder), step)
+        assert len(names(folder)) <= keep and not any(name.endswith((".tmp", ".old")) for name in names(folder))
+    each_death(tmp_path, prepare, lambda folder: save_at(folder, step, keep=keep), survives, error)
+
+
+@pytest.mark.parametrize("error", [Killed(), FULL])
+def test_a_model_folder_killed_or_full_at_any_moment_is_whole_or_says_it_is_not(tmp_path, tokenizer, error):
+    """A folder that loads is the old model or the new, never a mixture, and a full disk leaves the old one."""
+    old, new = random_model(), random_model(dim=16)
+    staging = []
+
+    def survives(folder, died):
+        try:
+            width = load_model(folder)[0].config.dim
+        except UserError as problem:
+            assert died and "has no config.json" in str(problem)
+        else:
+            assert width == 16 if not died else width in (16, 32)
+            staging.append(width)
+        save_model(new, tokenizer, folder)
+        assert load_model(folder)[0].config.dim == 16
+        assert names(folder) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                                 "tokenizer_config.json"]
+    each_death(tmp_path, lambda folder: save_model(old, tokenizer, folder), lambda folder: save_model(new, tokenizer, folder),
+               survives, error)
+    assert staging.count(32) > 10, "the old model must live through all of the writing"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    save_at(tmp_path, 1)
+    real = open
+    monkeypatch.setattr(builtins, "open", lambda path, mode="r", **options:
+                        real("/dev/full" if "model.safetensors" in str(path) and "w" in mode else path, mode, **options))
+    with pytest.raises(OSError) as error:
+        save_at(tmp_path, 2)
+    assert error.value.errno == errno.ENOSPC and "model.safetensors" in error.value.filename
+    assert names(tmp_path) == ["step_00000001"]
+    monkeypatch.undo()
+    check(load_state(tmp_path), 1)
+
+
+def test_a_state_with_what_json_cannot_hold_leaves_nothing_behind(tmp_path):
+    with pytest.raises(TypeError):
+        save_state(tmp_path, 1, STATE, {"generator": object()})
+    assert names(tmp_path) == []

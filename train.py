@@ -1,0 +1,517 @@
+"""Pretraining: token shards in, a model folder out. With no arguments, the whole main job:
+
+    torchrun train.py                             # or: python train.py; more processes: torchrun --nproc-per-node 2 train.py
+
+takes Python's own standard library as text (data.py), trains a small model from nothing and prints its bits per byte on modules
+it has not seen, beside what xz and gzip need for the same bytes. README.md says what to expect, and in what time.
+
+The loop is plain functions that every later stage calls, in this order: `setup` the machine, `parallelize` the model,
+`make_optimizer`, then `train`: for each step the `learning_rate`, an `update`, the log, now and then `evaluate` and `save`.
+A stage differs by its batches and its loss, `loss_fn(model, batch) -> (loss_sum, count)`: a sum over tokens (or pairs), and how
+many. The mean is taken over all micro-batches and all processes at once, so neither changes what is learnt.
+
+Stopped by Ctrl-C, SIGTERM or kill -9, the same command goes on from the last state and ends with the same bytes: batches and
+randomness are functions of (seed, step) alone.
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bpe import Tokenizer
+from checkpoint import load_state, save_model, save_state
+from config import UserError, open_whole, parse, require, run, show, to_json
+from data import Batches
+from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
+from optim import Muon
+from parallel import Env, parallelize, reduce_gradients, setup
+
+PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
+    "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
+    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=256, batch_size=8, steps=1000, lr=0.02, adam_lr=3e-3),
+    "124m": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, batch_size=512, steps=5000, lr=0.02, adam_lr=1e-3),
+    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, seq_len=2048, batch_size=512, steps=20000,
+               lr=0.01, adam_lr=5e-4),
+    "7b": dict(dim=4096, n_layers=32, n_heads=32, ffn_dim=11008, seq_len=2048, batch_size=2048, steps=250000,
+               lr=0.01, adam_lr=3e-4),
+}
+
+
+@dataclass
+class Settings:
+    data: str = "runs/data"  # folder of token shards, as data.py writes it; the default one is made if it is missing
+    out: str = "runs/base"  # run folder: model, settings.json, log.jsonl, state/; an unfinished run in it is continued
+    overwrite: bool = False  # delete what is in `out` and start anew
+    preset: Literal["tiny", "small", "124m", "1b", "7b"] = "small"  # a size and the settings that go with it
+
+    dim: int | None = None  # width of the residual stream; none, here and below: the preset's
+    n_layers: int | None = None  # blocks
+    n_heads: int | None = None  # query heads
+    n_kv_heads: int | None = None  # key/value heads; none: the preset's, else as many as query heads
+    ffn_dim: int | None = None  # width inside the MLP; none: the preset's, else 8/3 of dim in steps of 64
+    max_seq_len: int | None = None  # the model's limit; none: seq_len
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    qk_norm: bool = True  # normalise queries and keys (the folder is then a Qwen3's, else a Llama's)
+    tie_embeddings: bool = False  # one matrix for embedding and head
+
+    seq_len: int | None = None  # tokens a window
+    batch_size: int | None = None  # windows a step, over all processes and micro-batches
+    micro_batch_size: int | None = None  # windows a process holds at once; none: its whole share. Less memory, same result
+    steps: int | None = None  # updates
+    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices inside the blocks; the rest is always AdamW's
+    lr: float | None = None  # peak learning rate of those matrices (Muon; about 3e-3 for AdamW)
+    adam_lr: float | None = None  # peak learning rate of embedding, head and norms
+    warmup_steps: int = 10  # the rate rises linearly over these
+    decay_share: float = 1.0  # the rate falls linearly to zero over this last share of the steps
+    weight_decay: float = 0.1  # on matrices only
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    clip: float = 1.0  # bound of the global gradient norm; 0: none
+    bigram_steps: int = 0  # fit embedding and head to the corpus's counted bigrams first: minutes of training in seconds
+    seed: int = 0
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights and moments stay fp32
+    compile: bool | None = None  # torch.compile; none: where a compiler is found and the run is long enough to repay it
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
+    save_every: int = 200  # steps between states; the last two are kept
+    sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")  # continued once training is done
+
+    def __post_init__(self):
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.max_seq_len = self.max_seq_len or self.seq_len
+        at_least_one = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "seq_len", "batch_size", "micro_batch_size", "steps",
+                        "save_every")
+        require(self, **{name: (1, None) for name in at_least_one}, warmup_steps=(0, None), decay_share=(0, 1),
+                weight_decay=(0, 10), betas=(0, 1), clip=(0, None), lr=(0, 10), adam_lr=(0, 10), eval_every=(0, None),
+                bigram_steps=(0, None), seed=(0, 2 ** 63 - 1))
+        if self.seq_len > self.max_seq_len:
+            raise UserError(f"seq_len {self.seq_len} exceeds max_seq_len {self.max_seq_len} of this model; "
+                            f"pass a shorter --seq_len or a larger --max_seq_len")
+
+
+# Settings that may differ between the parts of one run: they say where and how to compute, not what
+FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "compile", "device", "eval_every", "save_every",
+        "sample_prompts"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is learnt
+
+
+def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of -log p(target | what stands before it) in nats over the targets that are not -100, and how many these are.
+
+    batch: inputs (B, T) and targets (B, T), the inputs shifted by one.
+    """
+    inputs, targets = batch
+    logits = model(inputs).float()  # (B, T, V)
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return loss_sum, (targets != -100).sum()
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Rate of the matrices at a step in 0 … steps-1: linear warm-up, level, linear decay to zero over the last decay_share."""
+    warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    decay_steps = settings.decay_share * settings.steps
+    cool = min(1.0, (settings.steps - step) / decay_steps) if decay_steps else 1.0
+    return settings.lr * min(warm, cool)
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the matrices inside the blocks. No weight decay on one-dimensional parameters.
+
+    Each group holds its peak rate as a share of settings.lr, `lr_scale`: the schedule is one for all.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.dim() >= 2 and ".layers." in name]
+    tables = [p for name, p in named if p.dim() >= 2 and ".layers." not in name]  # embedding and head
+    vectors = [p for name, p in named if p.dim() < 2]
+    adam = {"betas": settings.betas, "eps": settings.eps}
+    muon = settings.optimizer == "muon"
+    groups = [{"params": matrices, "muon": muon, "lr_scale": 1.0, "weight_decay": settings.weight_decay, **adam},
+              {"params": tables, "lr_scale": settings.adam_lr / settings.lr, "weight_decay": settings.weight_decay, **adam},
+              {"params": vectors, "lr_scale": settings.adam_lr / settings.lr, "weight_decay": 0.0, **adam}]
+    groups = [{"lr": settings.lr * group["lr_scale"], **group} for group in groups if group["params"]]
+    return Muon(groups) if muon else torch.optim.AdamW(groups, fused=True)
+
+
+def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, scaler=None) -> dict:
+    """One step over all micro-batches of all processes: returns {"loss", "targets", "grad_norm", "skipped"}.
+
+    Gradients of the sums are added up, over micro-batches and then over processes, and divided once by the count of all
+    targets: the gradient of the mean, however the targets are spread. loss is in nats a target; grad_norm is the global
+    norm before clipping. With a `scaler` (fp16) a step whose gradients overflow is skipped, on every process alike.
+    Raises UserError where loss or gradient is not finite, before a weight is touched.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=env.scalar_device)
+    count = torch.zeros_like(loss_sum)
+    scale = scaler.scale if scaler else lambda loss: loss
+    for batch in micro_batches:
+        with env.autocast():
+            micro_loss, micro_count = loss_fn(model, env.to_device(batch))
+        scale(micro_loss).backward()
+        loss_sum += micro_loss.detach()
+        count += micro_count
+    loss_sum, count = env.all_reduce(torch.stack((loss_sum, count))).tolist()
+    reduce_gradients(model, env)
+    if scaler:
+        scaler.unscale_(optimizer)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    torch._foreach_div_(gradients, max(count, 1))
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf))
+    finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    if not finite and not scaler:
+        raise UserError(f"{'loss' if not math.isfinite(loss_sum) else 'gradient'} is not finite at lr {lr:.2e}; no weight was "
+                        f"touched. A lower --lr or more --warmup_steps may help")
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    if scaler:
+        scaler.step(optimizer)  # does nothing where unscale_ found an overflow
+        scaler.update()
+    else:
+        optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss_sum / max(count, 1), "targets": int(count), "grad_norm": norm, "skipped": not finite}
+
+
+@torch.no_grad()
+def evaluate(model, batches: Batches, loss_fn, env) -> dict:
+    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens"}, equal on every process.
+
+    Bits per byte: total loss in bits over the bytes of the text, so that tokenizers can be compared. It charges the model for
+    the end-of-text tokens too, and the first token of each window is predicted from one token alone.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=env.scalar_device)
+    for step in tqdm(range(batches.steps), desc="evaluate", unit="batch", leave=False, disable=env.rank > 0):
+        with env.autocast(), torch.compiler.set_stance("force_eager"):  # not worth compiling once more, without gradients
+            loss_sum, count = loss_fn(model, env.to_device(batches.in_order(step)))
+        totals += torch.stack((loss_sum.double(), count.double())).to(totals.device)
+    model.train(was_training)
+    loss_sum, count = env.all_reduce(totals).tolist()
+    return {"loss": loss_sum / count, "bits_per_byte": loss_sum / math.log(2) / batches.text_bytes, "tokens": int(count)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, identity=None) -> dict:
+    """Train `model` in place for settings.steps updates and save it to settings.out; returns the last line of the log.
+
+    batches: `.at(step)` gives a micro-batch; accumulation takes several. loss_fn(model, batch) -> (loss_sum, count).
+    validation: batches for `evaluate`. identity: what makes this run this run (default: the settings); a state in settings.out
+    whose identity differs is refused, an equal one is continued.
+    """
+    env = env or setup(settings)
+    folder = Path(settings.out)
+    model = parallelize(model.to(env.device), env)
+    optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(env.device.type) if env.precision == "fp16" else None
+    accumulate = micro_batches_a_step(settings, env)
+    start = load(folder, model, optimizer, scaler, identity or asdict(settings))
+    log = Log(folder, start, env)
+    progress = tqdm(range(start, settings.steps), desc="train", initial=start, total=settings.steps, unit="step",
+                    disable=env.rank > 0, dynamic_ncols=True, smoothing=0.05)
+    with stop_signals() as stop:
+        for step in progress:
+            began = time.perf_counter()
+            seed_step(settings.seed, step, env.rank)
+            lr = learning_rate(step, settings)
+            micro_batches = (batches.at(step * accumulate + i) for i in range(accumulate))
+            report = update(model, optimizer, micro_batches, loss_fn, settings, env, lr, scaler)
+            line = log_line(step, lr, report, batches, time.perf_counter() - began, model, settings, env)
+            progress.set_postfix_str(describe(line))
+            last, stopping = step + 1 == settings.steps, env.any(bool(stop))
+            if validation is not None and (last or (settings.eval_every and (step + 1) % settings.eval_every == 0)):
+                result = evaluate(model, validation, loss_fn, env)
+                line |= {"val_loss_nats_per_token": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
+            log.write(line)
+            if last or stopping or (step + 1) % settings.save_every == 0:
+                save(folder, step + 1, model, optimizer, scaler, identity or asdict(settings), log, env)
+            if stopping and not last:
+                stop.exit(f"stopped after step {step + 1} of {settings.steps}; the same command goes on from there", env)
+    if env.rank == 0:
+        save_model(model, tokenizer, folder)
+    return log.last
+
+
+def micro_batches_a_step(settings: Settings, env) -> int:
+    """How many micro-batches of each process make up settings.batch_size windows."""
+    if settings.batch_size % env.world_size:
+        raise UserError(f"batch_size {settings.batch_size} is not divisible by the {env.world_size} processes; "
+                        f"choose a multiple of them")
+    share = settings.batch_size // env.world_size
+    micro = settings.micro_batch_size or share
+    if share % micro:
+        raise UserError(f"micro_batch_size {micro} does not divide the {share} windows that each process has of "
+                        f"batch_size {settings.batch_size}; choose a divisor")
+    return share // micro
+
+
+def seed_step(seed: int, step: int, rank: int):
+    """Randomness of a step (dropout, say) follows from (seed, step, rank): a resumed run needs no saved generator."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log, env):
+    """Write state/step_<n>: weights, moments, and what `load` must know. Process 0 writes; the log is safe on disk before."""
+    if env.rank > 0:
+        return
+    log.sync()
+    names = {p: name for name, p in model.named_parameters()}  # a tied head has one name, and is written once
+    weights = {name: p.detach() for p, name in names.items()}
+    moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    extra = {"identity": identity, "scaler": scaler.state_dict() if scaler else None}
+    save_state(folder / "state", step, {"model": weights, "optimizer": moments}, extra)
+
+
+@torch.no_grad()
+def load(folder: Path, model, optimizer, scaler, identity: dict) -> int:
+    """Put the newest whole state in `folder` into model and optimizer; returns the steps done, 0 where there is no state."""
+    state = load_state(folder / "state")
+    if state is None:
+        return 0
+    step, tensors, extra = state
+    check_identity(folder, extra["identity"], identity)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors["model"][name])
+    for name, value in tensors["optimizer"].items():
+        name, _, key = name.rpartition(".")
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+    if scaler and extra["scaler"]:
+        scaler.load_state_dict(extra["scaler"])
+    return step
+
+
+def check_identity(folder: Path, found: dict, wanted: dict):
+    """Raise UserError where the run in `folder` was begun with other settings than those wanted now."""
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            raise UserError(f"{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; continue it with its own "
+                            f"settings, choose another --out, or pass --overwrite to delete it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is seen of it
+
+
+class Log:
+    """log.jsonl: one line a step, without gap or repeat. Lines after the state we continue from are taken back first."""
+
+    def __init__(self, folder: Path, steps_done: int, env: Env):
+        self.path, self.file, self.last = folder / "log.jsonl", None, None
+        if env.rank > 0:
+            return
+        kept = []
+        if self.path.exists():
+            for text in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a kill may have cut the last line short
+                    if json.loads(text)["step"] <= steps_done:
+                        kept.append(text)
+        self.last = json.loads(kept[-1]) if kept else None
+        folder.mkdir(parents=True, exist_ok=True)
+        with open_whole(self.path, "w") as file:
+            file.writelines(text + "\n" for text in kept)
+        self.file = open(self.path, "a", encoding="utf-8", newline="\n")
+
+    def write(self, line: dict):
+        self.last = line
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def sync(self):
+        """Wait until all lines are on the disk: a state must never know of a step that the log has lost."""
+        os.fsync(self.file.fileno())
+
+
+def log_line(step, lr, report, batches, seconds, model, settings, env) -> dict:
+    tokens = settings.batch_size * settings.seq_len
+    line = {"step": step + 1, "loss_nats_per_token": report["loss"], "lr": lr, "grad_norm": report["grad_norm"],
+            "targets": report["targets"], "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 4)}
+    if report["skipped"]:
+        line["skipped"] = True
+    if hasattr(batches, "text_bytes"):
+        line["bits_per_byte"] = report["loss"] / math.log(2) * batches.tokens / batches.text_bytes
+    if env.peak_flops and hasattr(model, "config"):
+        flops = estimate_flops(model.config, settings.seq_len) * tokens / seconds
+        line["share_of_peak"] = round(flops / (env.peak_flops * env.world_size), 4)
+    return line
+
+
+def describe(line: dict) -> str:
+    words = [f"loss {line['loss_nats_per_token']:.3f}"]
+    if "bits_per_byte" in line:
+        words.append(f"{line['bits_per_byte']:.3f} bits/byte")
+    words += [f"lr {line['lr']:.1e}", f"norm {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,} tok/s"]
+    if "share_of_peak" in line:
+        words.append(f"{line['share_of_peak']:.0%} of peak")
+    return ", ".join(words)
+
+
+class stop_signals:
+    """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved. Twice: at once."""
+
+    def __enter__(self):
+        self.signal, self.old = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.old[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __bool__(self):
+        return self.signal != 0
+
+    def exit(self, message: str, env: Env):
+        env.say(message)
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))  # what a shell reports for a program ended by this signal
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The main job
+
+
+def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.03):
+    """Fit embedding and head to the counted bigrams of the whole corpus, before training.
+
+    A new model's blocks are the identity, so all it is is p(next | current) = softmax(head(norm(embedding(current)))): a table of
+    bigrams, factorised. Training learns that table first, one token at a time. But the loss over a whole corpus depends on it
+    only through how often b follows a: sum_ab count(a, b) log p(b | a). One step here sees all tokens at the price of V.
+    tokens: 1-D array of ids. Takes V^2 floats of memory. Adam with a linear decay; head from zero.
+    """
+    V = model.config.vocab_size
+    counts = torch.zeros(V * V)
+    for start in range(0, len(tokens) - 1, 2 ** 24):  # bounded memory
+        chunk = torch.as_tensor(tokens[start:start + 2 ** 24 + 1].astype("int64"))
+        counts += torch.bincount(chunk[:-1] * V + chunk[1:], minlength=V * V)
+    counts = counts.view(V, V)
+    embedding, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
+    optimizer = torch.optim.Adam([embedding, head], lr=lr, betas=(0.9, 0.95), fused=True)
+    progress = tqdm(range(steps), desc="bigrams", unit="step", leave=False)
+    for step in progress:
+        total = 0.0
+        for rows in torch.arange(V).split(512):  # never all V x V logits at once
+            logits = norm(embedding[rows]) @ head.T  # (512, C) x (C, V) -> (512, V)
+            nats = counts[rows].sum(dim=1) @ logits.logsumexp(dim=1) - (counts[rows] * logits).sum()
+            (nats / (len(tokens) - 1)).backward()
+            total += nats.item() / (len(tokens) - 1)
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        norm.weight.grad = None
+        progress.set_postfix_str(f"loss {total:.3f}")
+
+
+def prepare_data(settings: Settings, env: Env):
+    """Make the default shards if they are missing, by the command a reader would type; the other processes wait."""
+    missing = not (Path(settings.data) / "meta.json").exists()
+    if missing and settings.data == Settings.data and env.rank == 0:
+        command = [sys.executable, str(Path(__file__).with_name("data.py")), "--out", settings.data]
+        env.say(f"no tokens in {settings.data} yet: python data.py --out {settings.data}")
+        result = subprocess.run(command)  # its own process: its workers need no torch, and its memory is given back
+        if result.returncode:
+            raise UserError(f"data.py ended with exit code {result.returncode}; see its message above")
+    env.any(False)
+
+
+def open_run_folder(settings, env: Env) -> bool:
+    """Make settings.out, or refuse it; True if a run in it goes on. Nothing that stands there is deleted without --overwrite."""
+    folder = Path(settings.out)
+    if env.rank == 0:
+        ours = (folder / "settings.json").exists()
+        if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not a run folder; choose another --out")
+        if ours and settings.overwrite:
+            shutil.rmtree(folder)
+        if (folder / "model.safetensors").exists() and not any(folder.glob("state/step_*")):
+            raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, or pass --overwrite")
+        folder.mkdir(parents=True, exist_ok=True)
+    env.any(False)  # the others wait
+    return any(folder.glob("state/step_*"))
+
+
+def build_model(settings: Settings, vocab_size: int) -> Transformer:
+    """The model that the settings describe, with weights drawn from settings.seed."""
+    shape = {f.name: getattr(settings, f.name) for f in fields(ModelConfig) if hasattr(settings, f.name)}
+    torch.manual_seed(settings.seed)
+    return Transformer(ModelConfig(vocab_size=vocab_size, **shape))
+
+
+def main():
+    settings = parse(Settings)
+    env = setup(settings)
+    prepare_data(settings, env)
+    micro = settings.batch_size // env.world_size // micro_batches_a_step(settings, env)
+    place = {"rank": env.rank, "world_size": env.world_size, "verify": env.rank == 0}
+    batches = Batches(settings.data, "train", micro, settings.seq_len, settings.seed, **place)
+    validation = Batches(settings.data, "val", micro, settings.seq_len, **place)
+    tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
+    if tokenizer.fingerprint != batches.meta["tokenizer"]:
+        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside it; run data.py again")
+    goes_on = open_run_folder(settings, env)
+    model = build_model(settings, tokenizer.vocab_size)
+    if env.rank == 0:
+        show(settings)
+    tokens = settings.steps * settings.batch_size * settings.seq_len
+    env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, {tokens / batches.tokens:.2f} epochs, "
+            f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
+    if settings.bigram_steps and not goes_on and env.rank == 0:
+        bigram_start(model, batches.data, settings.bigram_steps)
+    identity = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    identity |= {"vocab_size": tokenizer.vocab_size, "text": batches.meta["train"]["sha256"]}
+    if env.rank == 0:
+        with open_whole(Path(settings.out) / "settings.json", "w") as file:
+            file.write(to_json(settings))
+    last = train(model, batches, next_token_loss, settings, env, tokenizer, validation, identity)
+    if env.rank == 0:
+        report(model, tokenizer, settings, last, batches.meta)
+    if env.world_size > 1:
+        dist.destroy_process_group()
+
+
+def report(model: Transformer, tokenizer: Tokenizer, settings: Settings, last: dict, meta: dict):
+    """Samples, then where the model is, and its held-out bits per byte beside those of the compressors."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(settings.seed)
+    for prompt in settings.sample_prompts:
+        ids = tokenizer.encode(prompt)[-settings.max_seq_len // 2:]
+        length = min(100, settings.max_seq_len - len(ids))
+        with torch.compiler.set_stance("force_eager"):
+            sample = generate(model, [ids], length, temperature=0.8, top_p=0.95, generator=generator)
+        print(f"--- {prompt!r} goes on:\n{prompt}{tokenizer.decode(sample.ids[0].tolist())}")
+    print(f"model: {settings.out}")
+    xz, gzip = meta["compressors"]["xz"], meta["compressors"]["gzip"]
+    print(f"xz -9e needs {xz:.4f} bits per byte for the same text, gzip -9 {gzip:.4f}")
+    print(f"{last['val_bits_per_byte']:.4f} bits per byte on {meta['val']['documents']} held-out documents")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,37 +1,41 @@
-"""Byte-level BPE: text becomes tokens, and tokens become exactly the same text again.
+"""Byte-level BPE: text becomes tokens, and the tokens become exactly that text again.
 
-    python bpe.py --vocab_size 4096 --out tokenizer.json        # learns from the standard library's source, 30 MB
-    python bpe.py --input my_texts/*.txt --vocab_size 32768 --out tokenizer.json
+    python bpe.py --vocab_size 4096                             # learns from the standard library's source,
+    30 MB python bpe.py --input my_texts/*.txt --vocab_size 32768 --out tokenizer.json
 
-    text -> pre-tokens (words, numbers, punctuation) -> bytes of each -> merged, in the order in which merges were learned
+    text -> pre-tokens (words, numbers, signs) -> the bytes of each -> merged, in the order the merges were
+    learned in
 
-Byte-pair encoding starts from single symbols and joins, again and again, the most frequent neighbours (Gage 1994; for
-translation, Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). GPT-2 (Radford et al. 2019) made the symbols bytes:
-256 of them spell any text, so no text is unknown and nothing is normalised away. `train_plain` is the whole idea in twenty
-lines; `Tokenizer.train` learns the same merges, as fast as plain Python goes; the tests hold them equal.
-
-Files are the `tokenizer.json` of Hugging Face tokenizers, which gives the same ids for them.
+Byte-pair encoding starts from single symbols and joins the most frequent neighbours, again and again (Gage
+1994; for translation, Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). GPT-2 (Radford et al. 2019)
+made the symbols bytes: 256 of them spell every text, so none is unknown and nothing is normalised away.
+`train_plain` is the whole idea; `Tokenizer.train` learns the same merges in seconds. Files are the
+`tokenizer.json` of Hugging Face tokenizers.
 
     >>> tokenizer = Tokenizer.train(["low lower lowest"], vocab_size=256 + 3)
     >>> tokenizer.merges
-    [(b'o', b'w'), (b'l', b'ow'), (b' ', b'low')]
+    [(b'o', b'w'), (b'l', b'ow'), (b'low', b'e')]
     >>> tokenizer.encode("lowest")
-    [257, 101, 115, 116]
+    [258, 115, 116]
 """
 import base64
 import codecs
+import contextlib
 import functools
 import hashlib
 import heapq
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -43,37 +47,39 @@ from tqdm import tqdm
 import config
 from config import UserError
 
-# Where text may be cut, first match first. No merge crosses a cut: else "dog." and "dog!" would cost a token each.
+# Where text is cut before anything is merged: the first of these that matches. Without cuts, "dog." "dog!"
+# and "dog?" would each become a token. This is GPT-4's pattern as Llama 3 and others write it.
 PATTERN = "|".join([
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English endings
     r"[^\r\n\p{L}\p{N}]?\p{L}+",      # a word, with the one space or sign before it
     r"\p{N}{1,3}",                    # digits in groups of one to three, from the left
     r" ?[^\s\p{L}\p{N}]+[\r\n]*",     # signs, with the space before and the ends of lines behind
-    r"\s*[\r\n]+",                    # empty lines and ends of lines
-    r"\s+(?!\S)",                     # spaces, but for the last one, which goes with the word behind
+    r"\s*[\r\n]+",                    # empty lines
+    r"\s+(?!\S)",                     # spaces, without the last one, which goes with the word behind it
     r"\s+",
 ])
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTES = [bytes([value]) for value in range(256)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The lesson: count the pairs, merge the most frequent, count again
 
 
 def train_plain(texts, vocab_size, special_tokens=(), pattern=PATTERN) -> list[tuple[bytes, bytes]]:
     """The merges, in order of creation. Slow and simple: what Tokenizer.train must equal.
 
-    Of equally frequent pairs the greatest (bytes, bytes) tuple is merged first, so the order of the texts does not matter.
-    In "aaa" the pair (a, a) counts twice, although only one of the two can be merged.
+    Of equally frequent pairs the greatest (bytes, bytes) tuple is merged first, so the order of the texts
+    does not matter. In "aaa" the pair (a, a) counts twice, although only one of the two can be merged. A pair
+    that occurs once will do.
     """
-    words = [[BYTES[value] for value in piece.encode()]
-             for piece, count in count_pieces((pattern, tuple(special_tokens)), texts).items() for _ in range(count)]
+    pieces = count_pieces((pattern, special_tokens), texts).elements()
+    words = [[BYTES[value] for value in piece.encode()] for piece in pieces]
     merges = []
-    while len(merges) < vocab_size - 256 - len(special_tokens):
+    while 256 + len(merges) + len(special_tokens) < vocab_size:
         counts = Counter(pair for word in words for pair in pairwise(word))
         if not counts:
-            raise too_large(vocab_size, len(merges), special_tokens)
+            raise too_large(vocab_size, merges, special_tokens)
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
         words = [merge(word, best) for word in words]
@@ -81,153 +87,148 @@ def train_plain(texts, vocab_size, special_tokens=(), pattern=PATTERN) -> list[t
 
 
 def merge(word, pair) -> list[bytes]:
-    """The word with each occurrence of the pair joined, from left to right: aaa becomes aa a.
+    """The word with every occurrence of the pair joined, from left to right.
 
     >>> merge([b"a", b"a", b"a", b"b"], (b"a", b"a"))
     [b'aa', b'a', b'b']
     """
     merged, i = [], 0
     while i < len(word):
-        if tuple(word[i:i + 2]) == pair:
-            merged.append(word[i] + word[i + 1])
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
+        width = 2 if tuple(word[i:i + 2]) == pair else 1
+        merged.append(b"".join(word[i:i + width]))
+        i += width
     return merged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def too_large(vocab_size, merges, special_tokens):
+    most = 256 + len(merges) + len(special_tokens)
+    return UserError(f"vocab_size {vocab_size} is more than this text gives: at most {most} (256 bytes, "
+                     f"{len(merges)} merges, {len(special_tokens)} special tokens); lower it, or add text")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The same merges, much sooner: a text has few different words, and a merge changes few of them
 
 
 def learn_merges(pieces: dict[str, int], number: int) -> list[tuple[bytes, bytes]]:
     """The first `number` merges of pre-tokens that occur so many times; fewer where no pair is left.
 
-    A word is a str whose characters are token ids: chr(97) the byte "a", chr(256) the first merge. So Python's own
-    split() and join() merge, in C, and the parts between show which neighbours have changed.
+    A word is a str whose characters are token ids: chr(97) is the byte "a", chr(256) the first merge. So
+    str.split and str.join do the merging, in C, and the ends of the parts between are the neighbours whose
+    pairs change.
     """
     words = [piece.encode().decode("latin-1") for piece in pieces]  # latin-1: byte n becomes character n
-    word_counts = list(pieces.values())
-    tokens, merges = list(BYTES), []
-    counts, where = defaultdict(int), defaultdict(list)  # of a pair: its occurrences; the indices of words that may hold it
+    word_counts, tokens, merges = list(pieces.values()), list(BYTES), []
+    counts = defaultdict(int)   # pair -> how often it occurs
+    where = defaultdict(list)   # pair -> the indices of the words that may hold it
     for index, word in enumerate(words):
         for pair in map(str.__add__, word, word[1:]):
             counts[pair] += word_counts[index]
             where[pair].append(index)
 
-    # Most frequent first, then greatest first. heapq puts the smallest first, so counts and bytes are turned round: byte b
-    # becomes character 255 - b, and an end mark greater than any byte puts the longer of "a" and "ab" in front.
-    order = [chr(255 - value) + END for value in range(256)]
-    heap = [(-count, order[ord(pair[0])], order[ord(pair[1])], pair) for pair, count in counts.items()]
+    # heapq gives the smallest first, and wanted are the most frequent, then the greatest bytes. So both are
+    # turned round: byte b becomes character 255 - b, and an end above all of them puts "ab" before "a".
+    order = [chr(255 - value) + chr(256) for value in range(256)]
+
+    def entry(pair):
+        return -counts[pair], order[ord(pair[0])], order[ord(pair[1])], pair
+
+    heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
     with tqdm(total=number, desc="learn merges", unit=" merges", delay=1, disable=None) as bar:
         while heap and len(merges) < number:
-            negative, *tie, pair = heapq.heappop(heap)
-            if counts[pair] != -negative:  # other merges have taken some since it was pushed: put it where it belongs now
-                if counts[pair] > 0:
-                    heapq.heappush(heap, (-counts[pair], *tie, pair))
+            negative, _, _, pair = heapq.heappop(heap)
+            if counts[pair] != -negative:  # some were merged otherwise since: it goes where it belongs now
+                if counts[pair]:
+                    heapq.heappush(heap, entry(pair))
                 continue
-            left, right = ord(pair[0]), ord(pair[1])
+            new, (left, right) = chr(len(tokens)), map(ord, pair)
             merges.append((tokens[left], tokens[right]))
-            born = merge_words(words, word_counts, counts, where, pair, chr(len(tokens)))
             tokens.append(tokens[left] + tokens[right])
             order.append(order[left][:-1] + order[right])
-            for pair, count in born.items():
-                heapq.heappush(heap, (-count, order[ord(pair[0])], order[ord(pair[1])], pair))
-            counts.update(born)
+            for born in merge_words(words, word_counts, counts, where, pair, new):
+                heapq.heappush(heap, entry(born))
             bar.update()
     return merges
 
 
-END = chr(256)
-
-
-def merge_words(words, word_counts, counts, where, pair, new) -> dict[str, int]:
-    """Merge the pair into the token `new` wherever it stands; the new pairs that arise and how often they occur.
-
-    words, counts and where are brought up to date, but for the new pairs' counts.
-    """
+def merge_words(words, word_counts, counts, where, pair, new) -> set[str]:
+    """Merge the pair into the token `new` in all words, update counts and where, and return the new pairs."""
     a, b = pair
-    born = defaultdict(int)
+    born = set()
     for index in where.pop(pair):
-        before, *behind = words[index].split(pair)
-        if not behind:  # an earlier merge has taken it, or the word stood in the list twice
+        parts = words[index].split(pair)
+        if len(parts) == 1:  # gone: another merge took it, or the index stood in the list twice
             continue
-        count = word_counts[index]
-        words[index] = new.join((before, *behind))
-        for i, after in enumerate(behind):  # … before a b after …  ->  … before new after …
-            if before or i:
-                old, now = (before[-1], before[-1]) if before else (b, new)  # no before: a b a b -> new new
-                counts[old + a] -= count
-                born[now + new] += count
-                where[now + new].append(index)
+        words[index] = new.join(parts)
+        changes = []
+        for i, (before, after) in enumerate(pairwise(parts)):  # before a b after  ->  before new after
+            if before:
+                changes.append((before[-1] + a, before[-1] + new))
+            elif i:  # a b a b  ->  new new
+                changes.append((b + a, new + new))
             if after:
-                counts[b + after[0]] -= count
-                born[new + after[0]] += count
-                where[new + after[0]].append(index)
-            before = after
+                changes.append((b + after[0], new + after[0]))
+        for old, now in changes:
+            counts[old] -= word_counts[index]
+            counts[now] += word_counts[index]
+            where[now].append(index)
+            born.add(now)
     counts[pair] = 0
     return born
 
 
-def too_large(vocab_size, merges, special_tokens):
-    return UserError(f"vocab_size {vocab_size} is more than this text gives: at most {256 + merges + len(special_tokens)} "
-                     f"(256 bytes, {merges} merges, {len(special_tokens)} special tokens); lower it, or train on more text")
+# ------------------------------------------------------------------------------------------------------------
+# Cutting text into pre-tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splitting text into pre-tokens
-
-
-WINDOW = 1 << 20  # characters that are split, or sent to a process, at a time
-HELD_BACK = 8     # pre-tokens at the end of a window that the text to come may still change
+WINDOW = 1 << 20  # characters that are cut, or sent to another process, at a time
+HELD_BACK = 8     # pre-tokens at the end of a window that the text behind it may still change
 
 
 @functools.lru_cache(maxsize=64)
 def compile_pattern(pattern):
-    """The compiled pattern. Text it does not match becomes a pre-token too, as in `tokenizers`, so that none is lost."""
+    """The compiled pattern. Text that it leaves out becomes pre-tokens too, as in `tokenizers`."""
     try:
         groups = regex.compile(pattern).groups
         compiled = regex.compile(rf"{pattern}|(?s:.)+?(?=(?:{pattern})|\Z)")
     except regex.error as error:
         raise UserError(f"the split pattern {pattern!r} does not compile: {error}") from None
     if groups:
-        raise UserError(f"the split pattern {pattern!r} has a group that captures; write (?:…) instead of (…)")
+        raise UserError(f"the split pattern {pattern!r} has a group that captures; write (?:…) for (…)")
     return compiled
 
 
 def split_stream(chunks: Iterable[str], pattern: str, window=WINDOW) -> Iterator[list[str]]:
-    """Lists of the pre-tokens of a text that comes in chunks: those of the whole text, wherever it is cut.
+    """Lists of the pre-tokens of a text that comes in chunks: those of the whole text, wherever it was cut.
 
-    The last HELD_BACK pre-tokens wait for more text, which may lengthen them. That is enough for a pattern that, like all
-    in use, looks no further ahead than to the end of a run of spaces and ends of lines. Memory: a window and the longest pre-token.
+    The last HELD_BACK pre-tokens wait for the text behind, which may lengthen them. That suffices for
+    patterns that look ahead no further than to the end of a run of spaces, as all in use. Memory: a window,
+    and the longest pre-token.
     """
     findall = compile_pattern(pattern).findall
     waiting, length, enough = [], 0, window
     for chunk in chunks:
-        if not isinstance(chunk, str):
-            raise UserError(f"text must be str, not {type(chunk).__name__}; bytes are decoded first, as in data.decode()")
-        waiting.append(without_surrogates(chunk))
+        waiting.append(checked_text(chunk))
         length += len(chunk)
         if length >= enough:
             pieces = findall("".join(waiting))
             yield pieces[:-HELD_BACK]
             waiting = ["".join(pieces[-HELD_BACK:])]
             length = len(waiting[0])
-            enough = max(window, 2 * length)  # twice: a pre-token of a million characters is not split a million times
+            enough = max(window, 2 * length)  # a very long pre-token is not cut out again for every chunk
     yield findall("".join(waiting))
 
 
 def split(text: str, pattern: str) -> Iterator[list[str]]:
-    """Lists of the pre-tokens of a text, a window at a time, as a list of all would take 20 times the text's memory."""
-    if len(text) <= WINDOW:
-        return split_stream([text], pattern)
+    """Lists of the pre-tokens of a text, a window at a time: all of them take 20 times the text's memory."""
     return split_stream((text[i:i + WINDOW] for i in range(0, len(text), WINDOW)), pattern)
 
 
-def without_surrogates(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, halves of characters that no encoding can write (broken JSON has them)."""
+def checked_text(text) -> str:
+    """The text, with U+FFFD for lone surrogates, half characters that bad JSON holds and UTF-8 has not."""
+    if not isinstance(text, str):
+        raise UserError(f"text must be str, not {type(text).__name__}; decode bytes first")
     try:
         text.encode()
         return text
@@ -235,16 +236,16 @@ def without_surrogates(text: str) -> str:
         return regex.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def special_pattern(special_tokens):
-    """Matches special tokens, of two that begin at one place the longer; matches nothing if there are none."""
+def compile_special(special_tokens):
+    """Matches special tokens; where two begin at one place, the longer. Matches nothing if there are none."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    return regex.compile("|".join(map(regex.escape, longest_first)) or r"(?!)")
+    return regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
 
 
-def count_pieces(settings, texts) -> Counter:
-    """How often each pre-token occurs in the texts, special tokens taken out. settings: (pattern, special_tokens)."""
-    pattern, special_tokens = settings
-    special, counts = special_pattern(special_tokens), Counter()
+def count_pieces(cut, texts) -> Counter:
+    """How often each pre-token occurs in the texts without special tokens. cut: (pattern, special_tokens)."""
+    pattern, special_tokens = cut
+    special, counts = compile_special(special_tokens), Counter()
     for text in texts:
         for part in special.split(text) if special_tokens else [text]:
             for pieces in split(part, pattern):
@@ -255,20 +256,20 @@ def count_pieces(settings, texts) -> Counter:
 
 
 def matches_empty(pattern):
-    return UserError(f"the split pattern {pattern!r} matches the empty text, which would lose characters; use + for *")
+    return UserError(f"the split pattern {pattern!r} matches the empty text, so it loses text; write + for *")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding: of all merges that can be made, always make the one that was learned first
+# ------------------------------------------------------------------------------------------------------------
+# Encoding: of all merges that can be made, make the one that was learned first; until none is left
 
 
 def merge_ids(ids: list[int], ranks: dict, results: list[int]) -> list[int]:
-    """The ids with all merges made. ranks: (id, id) -> rank of the merge; results: rank -> id it gives.
+    """The ids, merged. ranks: (id, id) -> rank of the merge, its place in .merges; results: rank -> new id.
 
-    Quadratic in the length, yet the fastest for words, as min() and index() run in C.
+    Quadratic in the length, but for words the fastest, as min() and index() run in C. Changes `ids`.
     """
     never = len(results)
-    here = [ranks.get(pair, never) for pair in pairwise(ids)]  # here[i]: rank of the merge of ids[i] and ids[i + 1]
+    here = [ranks.get(pair, never) for pair in pairwise(ids)]  # here[i]: the rank of ids[i], ids[i + 1]
     while here and (rank := min(here)) < never:
         i = here.index(rank)
         ids[i:i + 2] = [results[rank]]
@@ -281,8 +282,8 @@ def merge_ids(ids: list[int], ranks: dict, results: list[int]) -> list[int]:
 
 
 def merge_long(ids: list[int], ranks: dict, results: list[int]) -> list[int]:
-    """Equals merge_ids in n log n steps: the merges wait in a heap, the ids stand in a linked list."""
-    ids = [*ids, None]  # None: an end, or an id that was merged into the one before it; no pair with it has a rank
+    """What merge_ids gives, in n log n steps: the merges wait in a heap, the ids stand in a linked list."""
+    ids = [*ids, None]  # None: the end, or an id merged into the one before it; no pair with None has a rank
     left, right = list(range(-1, len(ids) - 1)), [*range(1, len(ids)), len(ids) - 1]
     heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)
@@ -294,18 +295,18 @@ def merge_long(ids: list[int], ranks: dict, results: list[int]) -> list[int]:
         ids[i], ids[j], right[i] = results[rank], None, right[j]
         left[right[j]] = i
         for k in (left[i], i):
-            if (pair := (ids[k], ids[right[k]])) in ranks:
+            pair = ids[k], ids[right[k]]
+            if pair in ranks:
                 heapq.heappush(heap, (ranks[pair], k))
-    return [token for token in ids if token is not None]
+    return [id for id in ids if id is not None]
 
 
-LONG = 256  # bytes of a pre-token from which merge_long is faster
+LONG = 256  # bytes of a pre-token from which on merge_long is the faster
 
 
 class PieceCache(dict):
-    """pre-token -> its ids, made when first asked for. A dict, as text is mostly made of words seen before."""
-    SIZE = 1 << 18  # pre-tokens, about 60 MB
-    LONGEST = 128   # characters; longer ones hardly come again
+    """pre-token -> its ids, made when first asked for. Nearly all words of a text have been seen before."""
+    SIZE, LONGEST = 1 << 18, 128  # pre-tokens, about 60 MB; characters of one that may come again
 
     def __init__(self, encode_piece):
         self.encode_piece = encode_piece
@@ -314,7 +315,7 @@ class PieceCache(dict):
         ids = self.encode_piece(piece)
         if len(piece) <= self.LONGEST:
             if len(self) >= self.SIZE:
-                self.clear()  # the frequent ones are back at once
+                self.clear()  # the frequent ones are soon back
             self[piece] = ids
         return ids
 
@@ -322,93 +323,95 @@ class PieceCache(dict):
 class Tokenizer:
     """Text to ids and back. Ids: the 256 bytes, the merges in order of creation, the special tokens.
 
-    merges: list of (bytes, bytes), in order of creation. special_tokens: texts, which get the ids after the merges, or
-    {text: id}. pattern: a regular expression (of the `regex` package) whose matches are the pre-tokens.
-    vocab: {id: bytes} of the bytes and merges, for tokenizers that number them otherwise, as GPT-2's.
-    Raises UserError for a merge of unknown tokens, an id or token that stands twice, an empty or repeated special token.
-
-    .merges, .pattern as given; .special_tokens: dict text -> id; .vocab: dict id -> bytes, special tokens included.
+    merges: list of (bytes, bytes), in order of creation. special_tokens: texts, which get the ids behind the
+    merges, or {text: id}. pattern: a regular expression of the `regex` package, whose matches are the
+    pre-tokens. vocab: {id: bytes} for the bytes and merges of a tokenizer that numbers them otherwise
+    (GPT-2's). Attributes: merges, pattern; special_tokens {text: id}; vocab {id: bytes}, special tokens
+    included; vocab_size, the rows of an embedding; dtype, the smallest numpy type for the ids: uint16 for up
+    to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens, a token or id that stands
+    twice, an empty special token, a bad pattern.
     """
 
     def __init__(self, merges, special_tokens=(), pattern=PATTERN, vocab=None):
-        self.merges = [(bytes(left), bytes(right)) for left, right in merges]
-        self.pattern = pattern
+        self.merges, self.pattern = [(bytes(left), bytes(right)) for left, right in merges], pattern
         compile_pattern(pattern)
         if vocab is None:
             vocab = dict(enumerate(BYTES + [left + right for left, right in self.merges]))
         ids = {token: id for id, token in vocab.items()}
         check_vocabulary(vocab, ids, self.merges)
         self.special_tokens = number_special_tokens(special_tokens, vocab, ids)
-        self.vocab = dict(sorted({**vocab, **{id: text.encode() for text, id in self.special_tokens.items()}}.items()))
+        vocab = {**vocab, **{id: text.encode() for text, id in self.special_tokens.items()}}
+        self.vocab = dict(sorted(vocab.items()))
+        self.vocab_size = max(self.vocab) + 1
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._byte_ids = [ids[byte] for byte in BYTES]
         self._ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(self.merges)}
         self._results = [ids[left + right] for left, right in self.merges]
-        self._special = special_pattern(self.special_tokens)
+        self._special = compile_special(self.special_tokens)
         self._cache = PieceCache(self._encode_piece)
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=(), pattern=PATTERN, workers=None):
-        """A tokenizer of vocab_size tokens, special ones included, learned from texts: any iterable of str, read once.
+        """A tokenizer of vocab_size tokens, special ones included, from texts: an iterable of str, read once.
 
-        Equals train_plain for any order of the texts and any number of workers (processes; default: one a core).
-        Memory grows with the different pre-tokens, not with the text. Raises UserError if vocab_size is too small to
-        hold the bytes and special tokens, or larger than the text can give.
+        Equals train_plain for any order of the texts and number of workers (processes; default: one a core).
+        Memory grows with the different pre-tokens, not with the text. Raises UserError if vocab_size is below
+        256 and the special tokens, or larger than the text can give.
         """
-        special_tokens = tuple(special_tokens)
-        number = vocab_size - 256 - len(special_tokens)
-        if number < 0:
-            raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and {len(special_tokens)} special tokens "
-                            f"need at least {256 + len(special_tokens)}")
-        cls((), special_tokens, pattern)  # a mistake in these is told now, not after the work
-        pieces = Counter()
+        smallest = cls((), special_tokens, pattern)  # a mistake in these is told before the work
+        special_tokens, most = tuple(smallest.special_tokens), sys.maxunicode + 1
+        if not smallest.vocab_size <= vocab_size <= most:
+            raise UserError(f"vocab_size {vocab_size} is out of range; 256 bytes and {len(special_tokens)} "
+                            f"special tokens need {smallest.vocab_size}, and {most} is the most")
+        pieces, number = Counter(), vocab_size - smallest.vocab_size
         for counts in in_processes(count_pieces, (pattern, special_tokens), batches(texts), workers):
             pieces.update(counts)
         merges = learn_merges(pieces, number)
         if len(merges) < number:
-            raise too_large(vocab_size, len(merges), special_tokens)
+            raise too_large(vocab_size, merges, special_tokens)
         return cls(merges, special_tokens, pattern)
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id: the rows that a model's embedding needs."""
-        return max(self.vocab) + 1
-
-    @property
-    def dtype(self):
-        """The smallest numpy type that holds every id: uint16 for up to 65,536 tokens, else uint32."""
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-
     def encode(self, text: str, allow_special=False) -> list[int]:
-        """The ids of a text. A special token spelled in it stays ordinary text unless allow_special is true.
+        """The ids of a text. A special token spelled in it stays ordinary text, unless allow_special is true.
 
-        Lone surrogates, which are no text, become U+FFFD; any other str comes back from decode as it was.
+        Any text comes back from decode as it was. Lone surrogates in a str are not text: they become U+FFFD.
         """
-        if not allow_special or not self.special_tokens:
-            return [id for pieces in split(text, self.pattern) for id in self._ids(pieces)]
+        text = checked_text(text)
+        if not allow_special:
+            return list(chain.from_iterable(map(self._ids, split(text, self.pattern))))
         ids, end = [], 0
         for match in self._special.finditer(text):
-            ids += self.encode(text[end:match.start()])
-            ids.append(self.special_tokens[match.group()])
+            ids += [*self.encode(text[end:match.start()]), self.special_tokens[match.group()]]
             end = match.end()
         return ids + self.encode(text[end:])
 
-    def encode_batch(self, texts, workers=None) -> list[np.ndarray]:
-        """The ids of each text, as arrays of self.dtype, encoded in processes (default: one a core)."""
-        with tqdm(desc="encode", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-            arrays = []
-            for encoded, size in in_processes(encode_texts, self, batches(texts), workers):
+    def encode_batch(self, texts: Iterable[str], workers=None) -> list[np.ndarray]:
+        """The ids of each text, as arrays of dtype self.dtype, made in processes (default: one a core)."""
+        total = len(texts) if hasattr(texts, "__len__") else None
+        arrays = []
+        with tqdm(total=total, desc="encode", unit=" texts", delay=1, disable=None) as bar:
+            for encoded in in_processes(encode_texts, self, batches(texts), workers):
                 arrays += encoded
-                bar.update(size)
-            return arrays
+                bar.update(len(encoded))
+        return arrays
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[int]:
-        """The ids of a text that comes in chunks: those of encode("".join(chunks)), in the memory of a window of it."""
+        """The ids of a text that comes in chunks: encode("".join(chunks)), in the memory of a window."""
         for pieces in split_stream(chunks, self.pattern):
             yield from self._ids(pieces)
 
+    def _ids(self, pieces: list[str]) -> Iterator[int]:
+        return chain.from_iterable(map(self._cache.__getitem__, pieces))  # in C, but for new words
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        if not piece:
+            raise matches_empty(self.pattern)
+        ids = [self._byte_ids[value] for value in piece.encode()]
+        return (merge_ids if len(ids) < LONG else merge_long)(ids, self._ranks, self._results)
+
     def decode_bytes(self, ids) -> bytes:
-        """The bytes that the ids stand for; special tokens give their text. ids: iterable, array or tensor of int."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        """The bytes that the ids stand for; special tokens give their text. ids: list, array or tensor."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # numpy's and torch's integers make poor keys
         try:
             return b"".join([self.vocab[id] for id in ids])
         except KeyError as error:
@@ -419,7 +422,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Pieces of text as the ids come in, together decode(ids). Half a character waits for its other half."""
+        """Bits of text as the ids come in, together decode(ids). Half a character waits for its rest."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id in ids:
             if text := decoder.decode(self.decode_bytes([int(id)])):
@@ -427,243 +430,238 @@ class Tokenizer:
         if text := decoder.decode(b"", final=True):
             yield text
 
-    def _ids(self, pieces: list[str]) -> Iterator[int]:
-        return chain.from_iterable(map(self._cache.__getitem__, pieces))
-
-    def _encode_piece(self, piece: str) -> list[int]:
-        if not piece:
-            raise matches_empty(self.pattern)
-        ids = [self._byte_ids[value] for value in piece.encode()]
-        return (merge_ids if len(ids) < LONG else merge_long)(ids, self._ranks, self._results)
-
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides ids: pattern, merges, vocabulary, special tokens. Equal for equal tokenizers."""
+        """SHA-256 of everything that decides the ids: equal for equal tokenizers, wherever they come from."""
         content = [self.pattern, [[left.hex(), right.hex()] for left, right in self.merges],
-                   [[id, token.hex()] for id, token in self.vocab.items()], sorted(self.special_tokens.items())]
+                   [[id, token.hex()] for id, token in self.vocab.items()], list(self.special_tokens.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def __reduce__(self):  # to a process goes what the tokenizer is, not what it has cached
-        ordinary = {id: token for id, token in self.vocab.items() if id not in self.special_tokens.values()}
-        return Tokenizer, (self.merges, self.special_tokens, self.pattern, ordinary)
+    def ordinary_vocab(self) -> dict[int, bytes]:
+        """The vocabulary without the special tokens."""
+        special_ids = set(self.special_tokens.values())
+        return {id: token for id, token in self.vocab.items() if id not in special_ids}
+
+    def __reduce__(self):  # what a process is sent: the tokenizer without its cache
+        return Tokenizer, (self.merges, self.special_tokens, self.pattern, self.ordinary_vocab())
 
     def save(self, path):
-        """Write tokenizer.json of Hugging Face tokenizers, whole or not at all."""
+        """Write the tokenizer.json of Hugging Face tokenizers, whole or not at all."""
         with config.open_whole(path, "w") as file:
             json.dump(to_hugging_face(self), file, ensure_ascii=False, indent=1)
 
     @classmethod
     def load(cls, path):
-        """The tokenizer in a tokenizer.json that holds byte-level BPE. Raises UserError for any other kind, by name."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**from_hugging_face(content))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is not a tokenizer.json: {type(error).__name__} {error}") from None
+        """The tokenizer in a tokenizer.json of byte-level BPE. Raises UserError for other kinds, by name."""
+        with reading(path, "a tokenizer.json"):
+            return cls(**from_hugging_face(json.loads(Path(path).read_text(encoding="utf-8"))))
 
     @classmethod
     def from_gpt2(cls, vocab_json, merges_txt):
-        """GPT-2's tokenizer from its two files. Tokens that no merge gives (<|endoftext|>) are the special ones."""
-        numbers = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
-        lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        ordinary = {*VISIBLE.values(), *(left + right for left, right in merges)}
-        special_tokens = {token: id for token, id in numbers.items() if token not in ordinary}
-        return cls(*from_visible(numbers, merges, special_tokens), GPT2_PATTERN)
+        """GPT-2's tokenizer from its two files. Tokens that no merge gives (<|endoftext|>) are special."""
+        with reading(merges_txt, "GPT-2's merges.txt"):
+            lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        with reading(vocab_json, "GPT-2's vocab.json"):
+            ids = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
+            ordinary = {*VISIBLE.values(), *map("".join, merges)}
+            special_tokens = {text: id for text, id in ids.items() if text not in ordinary}
+            return cls(**from_visible(ids, merges, special_tokens), pattern=GPT2_PATTERN)
 
     @classmethod
     def from_tiktoken(cls, path, special_tokens, pattern):
-        """The tokenizer in a .tiktoken file: a line a token, its bytes in base64 and its rank, which is its id too.
+        """The tokenizer in a .tiktoken file, whose lines hold a token's bytes in base64 and its rank: its id.
 
-        The merges, which the file leaves out, come from encoding each token with those learned before it: two ids remain.
+        The merges, which it leaves out, come from encoding each token with those before it: two are left.
         """
-        lines = Path(path).read_bytes().splitlines()
-        vocab = {int(rank): base64.b64decode(token) for token, rank in (line.split() for line in lines if line)}
-        ids = {token: id for id, token in vocab.items()}
-        merges, ranks, results = [], {}, []
-        for id, token in sorted(vocab.items()):
-            if len(token) > 1:
-                pair = merge_ids([ids[bytes([value])] for value in token], ranks, results)
-                if len(pair) != 2:
-                    raise UserError(f"{path}: token {id} {token!r} is not made of two tokens before it; is this BPE?")
-                ranks[tuple(pair)] = len(merges)
-                merges.append((vocab[pair[0]], vocab[pair[1]]))
-                results.append(id)
-        return cls(merges, special_tokens, pattern, vocab)
+        with reading(path, "a .tiktoken file"):
+            lines = [line.split() for line in Path(path).read_bytes().splitlines() if line]
+            vocab = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+            ids = {token: id for id, token in vocab.items()}
+            merges, ranks, results = [], {}, []
+            for id, token in sorted(vocab.items()):
+                if len(token) > 1:
+                    left, right = merge_ids([ids[bytes([value])] for value in token], ranks, results)
+                    ranks[left, right] = len(merges)
+                    results.append(id)
+                    merges.append((vocab[left], vocab[right]))
+            return cls(merges, special_tokens, pattern, vocab)
 
 
 def check_vocabulary(vocab, ids, merges):
-    """Raise UserError where the vocabulary ({id: bytes} and its inverse) does not hold what the merges need."""
+    """Raise UserError unless vocab, {id: bytes} with the inverse ids, holds all bytes and merged tokens."""
+    for id, token in vocab.items():
+        if not isinstance(id, int) or id < 0:
+            raise UserError(f"the id {id!r} of the token {token!r} is not a whole number from 0 on")
     if len(ids) < len(vocab):
-        twice = next(token for token, count in Counter(vocab.values()).items() if count > 1)
-        raise UserError(f"the token {twice!r} stands twice in the vocabulary; two merges may not give the same bytes")
+        raise UserError(f"the token {most_frequent(vocab.values())!r} stands twice in the vocabulary")
     if missing := [byte for byte in BYTES if byte not in ids]:
-        raise UserError(f"{len(missing)} of the 256 bytes are not in the vocabulary, {missing[0]!r} first: "
-                        f"not every text could be encoded")
+        raise UserError(f"the vocabulary lacks {len(missing)} of the 256 bytes, {missing[0]!r} first, "
+                        f"so some text has no ids")
     if len(set(merges)) < len(merges):
-        raise UserError(f"the merge {Counter(merges).most_common(1)[0][0]} stands twice")
-    for rank, (left, right) in enumerate(merges):
+        raise UserError(f"the merge {most_frequent(merges)} stands twice")
+    for left, right in merges:
         for token in (left, right, left + right):
             if token not in ids:
-                raise UserError(f"merge {rank} ({left!r}, {right!r}) needs the token {token!r}, which is not there")
+                raise UserError(f"the merge {(left, right)} needs the token {token!r}, which is not there")
+
+
+def most_frequent(items):
+    return Counter(items).most_common(1)[0][0]
 
 
 def number_special_tokens(special_tokens, vocab, ids) -> dict[str, int]:
-    """{text: id}, in order of ids: those given, or the ids after the vocabulary's. Raises UserError for bad ones."""
-    if isinstance(special_tokens, str):
-        raise UserError(f"special_tokens is one str; pass a list: [{special_tokens!r}]")
+    """{text: id} by id: as given, or with the ids behind the vocabulary's. Raises UserError for bad ones."""
     if not isinstance(special_tokens, dict):
-        special_tokens = list(special_tokens)
-        if len(set(special_tokens)) < len(special_tokens):
-            raise UserError(f"the special token {Counter(special_tokens).most_common(1)[0][0]!r} stands twice")
-        special_tokens = {text: max(vocab) + 1 + i for i, text in enumerate(special_tokens)}
+        texts = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
+        if len(set(texts)) < len(texts):
+            raise UserError(f"the special token {most_frequent(texts)!r} stands twice")
+        special_tokens = {text: id for id, text in enumerate(texts, max(vocab) + 1)}
     taken = dict(vocab)
     for text, id in special_tokens.items():
-        if not isinstance(text, str) or not text or text != without_surrogates(text):
+        if not text or checked_text(text) != text:
             raise UserError(f"the special token {text!r} is not a text of at least one character")
+        if text.encode() in ids or from_alphabet(text) in ids:
+            raise UserError(f"the special token {text!r} is an ordinary token too; try one like <|{text}|>")
         if id in taken:
-            raise UserError(f"id {id} of the special token {text!r} is taken by {taken[id]!r}")
-        if text.encode() in ids or from_visible_token(text) in ids:
-            raise UserError(f"the special token {text!r} is an ordinary token too; choose a text such as <|{text}|>")
+            raise UserError(f"the id {id} of the special token {text!r} belongs to {taken[id]!r}")
         taken[id] = text
     return dict(sorted(special_tokens.items(), key=lambda item: item[1]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The files of Hugging Face tokenizers. They write bytes as visible characters (GPT-2's alphabet): Ġ is the space
+# ------------------------------------------------------------------------------------------------------------
+# Files of other tokenizers. They write bytes in GPT-2's alphabet of visible characters: Ġ is the space
 
 
-def visible_bytes() -> dict[int, str]:
-    """byte -> the character that stands for it: itself where it can be seen, else the next of those from U+0100 on."""
+def visible_alphabet() -> dict[int, str]:
+    """byte -> its character: that of Latin-1 where it can be seen, else the next of those from U+0100 on."""
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [value for value in range(256) if value not in seen]
-    return {value: chr(value) if value in seen else chr(256 + hidden.index(value)) for value in range(256)}
+    return {value: chr(value if value in seen else 256 + hidden.index(value)) for value in range(256)}
 
 
-VISIBLE = visible_bytes()
-HIDDEN = {ord(character): value for value, character in VISIBLE.items()}
+VISIBLE = visible_alphabet()
+HIDDEN = {character: value for value, character in VISIBLE.items()}
 
 
-def visible(token: bytes) -> str:
-    return token.decode("latin-1").translate(VISIBLE)
+def to_alphabet(token: bytes) -> str:
+    return "".join([VISIBLE[value] for value in token])
 
 
-def from_visible_token(text: str) -> bytes | None:
-    """The bytes of a token in a file; None where it is not in the alphabet."""
-    return bytes(map(HIDDEN.get, map(ord, text))) if all(ord(character) in HIDDEN for character in text) else None
+def from_alphabet(text: str) -> bytes | None:
+    """The bytes that a text in the alphabet stands for; None if it is not in the alphabet."""
+    return bytes([HIDDEN[character] for character in text]) if HIDDEN.keys() >= set(text) else None
 
 
-def from_visible(numbers: dict[str, int], merges, special_tokens: dict[str, int]) -> dict:
-    """The arguments of Tokenizer, from visible tokens with their ids, and merges of visible tokens."""
+def from_visible(ids: dict[str, int], merges, special_tokens: dict[str, int]) -> dict:
+    """The arguments of Tokenizer from tokens and merges in the alphabet."""
     vocab = {}
-    for text, id in numbers.items():
-        if text in special_tokens:
-            continue
-        if (token := from_visible_token(text)) is None:
-            raise UserError(f"the token {text!r} is not of byte-level BPE")
-        if id in vocab:
-            raise UserError(f"id {id} stands twice, for {visible(vocab[id])!r} and {text!r}")
-        vocab[id] = token
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]  # newer files have pairs
-    for merge in merges:
-        if len(merge) != 2 or None in map(from_visible_token, merge):
-            raise UserError(f"the merge {merge} is not of two tokens of byte-level BPE")
-    return {"merges": [tuple(map(from_visible_token, merge)) for merge in merges],
-            "special_tokens": special_tokens, "vocab": vocab}
+    for text, id in ids.items():
+        if text not in special_tokens:
+            if id in vocab:
+                raise UserError(f"the id {id} stands twice, at {to_alphabet(vocab[id])!r} and {text!r}")
+            vocab[id] = from_alphabet(text)
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)  # older files: "a b"
+    merges = [tuple(map(from_alphabet, pair)) for pair in pairs]
+    if None in vocab.values() or any(None in merge for merge in merges):
+        raise UserError("a token is not in the alphabet of byte-level BPE")
+    return {"merges": merges, "special_tokens": special_tokens, "vocab": vocab}
 
 
 def to_hugging_face(tokenizer) -> dict:
     """The content of tokenizer.json."""
-    special_ids = set(tokenizer.special_tokens.values())
+    cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": id, "content": text, **flags} for text, id in tokenizer.special_tokens.items()]
+    vocab = {to_alphabet(token): id for id, token in tokenizer.ordinary_vocab().items()}
+    merges = [[to_alphabet(left), to_alphabet(right)] for left, right in tokenizer.merges]
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for text, id in tokenizer.special_tokens.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False},
-            byte_level]},
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
         "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {visible(token): id for id, token in tokenizer.vocab.items() if id not in special_ids},
-                  "merges": [[visible(left), visible(right)] for left, right in tokenizer.merges]},
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": False, "vocab": vocab, "merges": merges},
     }
 
 
 def from_hugging_face(content) -> dict:
-    """The arguments of Tokenizer. Raises UserError for what would give other ids here: it is named."""
+    """The arguments of Tokenizer. Raises UserError for all that would give other ids here, by its name."""
     model, added = content["model"], content.get("added_tokens") or []
-    kind = model.get("type", "BPE")
-    if kind != "BPE":
-        raise UserError(f"its model is {kind}; only byte-level BPE is read")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"its model is {model['type']}; only byte-level BPE can be read")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                 "ignore_merges"):
         if model.get(name):
-            raise UserError(f"its model has {name} {model[name]!r}, which is not supported")
+            raise UserError(f"its model has {name} {model[name]}, which is not supported")
     if content.get("normalizer"):
-        raise UserError(f"its normalizer {content['normalizer']['type']} changes text, which is not supported")
+        raise UserError(f"its normalizer {content['normalizer']['type']} is not supported; it changes text")
     for token in added:
-        if flags := [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]:
-            raise UserError(f"its added token {token['content']!r} has {flags[0]}, which is not supported")
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if token.get(flag):
+                raise UserError(f"its added token {token['content']!r} has {flag}, which is not supported")
     special_tokens = {token["content"]: token["id"] for token in added}
     if len(special_tokens) < len(added):
-        raise UserError("a text stands twice among its added tokens")
-    return {**from_visible(model["vocab"], model["merges"], special_tokens),
-            "pattern": pattern_of(content.get("pre_tokenizer") or {"type": "none"})}
+        raise UserError("one of its added tokens stands twice")
+    pattern = split_pattern(content["pre_tokenizer"])
+    return {**from_visible(model["vocab"], model["merges"], special_tokens), "pattern": pattern}
 
 
-def pattern_of(pre_tokenizer) -> str:
-    """The split pattern: that of Split before ByteLevel, or GPT-2's, which ByteLevel alone brings along."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step["type"] for step in steps]
-    byte_level = steps[-1]
-    if kinds[-1] == "ByteLevel" and not byte_level.get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and byte_level.get("use_regex", True):
+def split_pattern(pre_tokenizer) -> str:
+    """The pattern of Split before ByteLevel, or GPT-2's, which ByteLevel alone brings with it."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
             return GPT2_PATTERN
-        if kinds == ["Split", "ByteLevel"] and not byte_level.get("use_regex", True):
-            split = steps[0]
-            if split["behavior"] == "Isolated" and not split["invert"] and "Regex" in split["pattern"]:
-                return split["pattern"]["Regex"]
-    raise UserError(f"its pre_tokenizer {' + '.join(kinds)} is not supported; byte-level BPE has Split + ByteLevel")
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return pattern
+    kinds = " + ".join(step["type"] for step in steps) or "that is missing"
+    raise UserError(f"its pre_tokenizer {kinds} is not supported in this form; wanted is ByteLevel alone, or "
+                    f"after an Isolated Split by a regular expression; without add_prefix_space")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def reading(path, kind):
+    """Turn what a broken file leads to into one line that names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not {kind}: {type(error).__name__}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Processes
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about a million characters together."""
+    """Lists of texts, together about a window of characters long."""
     if isinstance(texts, str):
-        raise UserError("texts is one str; pass a list of str")
+        raise UserError("texts is one str; pass a list of them")
     batch, length = [], 0
     for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"each text must be str, not {type(text).__name__}")
-        batch.append(text)
+        batch.append(checked_text(text))
         length += len(text)
         if length >= WINDOW:
             yield batch
             batch, length = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
-def encode_texts(tokenizer, texts) -> tuple[list[np.ndarray], int]:
-    """The ids of each text, and the length of the texts in bytes."""
-    arrays = [np.array(tokenizer.encode(text), tokenizer.dtype) for text in texts]
-    return arrays, sum(len(text.encode(errors="replace")) for text in texts)
+def encode_texts(tokenizer, texts) -> list[np.ndarray]:
+    return [np.array(tokenizer.encode(text), tokenizer.dtype) for text in texts]
 
 
 def in_processes(function, context, batches, workers) -> Iterator:
-    """Yield function(context, batch) for each batch, in their order, from `workers` processes (default: one a core).
+    """Yield function(context, batch) for each batch, in order, made in `workers` processes; None: one a core.
 
-    A single batch is done here: starting processes would take longer. At most two batches a process wait, so that
-    endless input does not fill the memory (multiprocessing's imap would read ahead).
+    A single batch is done here, as starting processes takes longer. Batches are read as they are needed, two
+    a process ahead, so that memory does not grow with the input.
     """
-    workers = workers or cores()
+    workers = cores() if workers is None else workers
     if workers < 1:
         raise UserError(f"workers {workers} is out of range; it must be at least 1")
     first = list(islice(batches, 2))
@@ -671,19 +669,23 @@ def in_processes(function, context, batches, workers) -> Iterator:
     if len(first) < 2 or workers == 1:
         yield from (function(context, batch) for batch in batches)
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(function, context)) as pool:
-        waiting = deque()
-        for batch in batches:
-            waiting.append(pool.submit(run_in_worker, batch))
-            if len(waiting) > 2 * workers:
+    try:
+        with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(function, context)) as pool:
+            waiting = deque()
+            for batch in batches:
+                waiting.append(pool.submit(run_in_worker, batch))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(f"one of {workers} workers was killed; if memory ran out, use fewer") from None
 
 
 def start_worker(function, context):
-    """In a new process: keep what every batch needs. The context is sent once, and its cache lives as long as the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, in one line
+    """In a new process: keep what every batch needs. It is sent once, and its cache lives on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the parent
+    threading.Thread(target=end_with_parent, daemon=True).start()
     run_in_worker.job = functools.partial(function, context)
 
 
@@ -691,12 +693,18 @@ def run_in_worker(batch):
     return run_in_worker.job(batch)
 
 
+def end_with_parent():
+    """A parent that is killed outright cannot end its processes, and they would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def cores() -> int:
-    """The cores that this process may use: in a container or a job of a cluster fewer than the machine has."""
+    """The cores that this process may use; in a container or a cluster's job fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -704,13 +712,13 @@ def cores() -> int:
 class Settings:
     input: tuple[str, ...] = ()  # text files to learn from; none: the Python standard library's source
     vocab_size: int = 4096  # bytes, merges and special tokens together
-    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
-    out: str = "tokenizer.json"
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)  # texts that only a program can insert
+    out: str = "tokenizer.json"  # the file to write
     overwrite: bool = False  # replace `out` if it is there
-    workers: int | None = None  # processes that split and count; none: one a core
+    workers: int | None = None  # processes that cut and count; none: one a core
 
     def __post_init__(self):
-        config.require(self, vocab_size=(256, sys.maxunicode), workers=(1, None))
+        config.require(self, workers=(1, None))
 
 
 def main():
@@ -720,14 +728,13 @@ def main():
     library = Path(sysconfig.get_path("stdlib"))
     paths = list(map(Path, settings.input)) or [path for path in sorted(library.rglob("*.py"))
                                                 if "site-packages" not in path.parts]
-    texts = (path.read_text(encoding="utf-8", errors="replace") for path in tqdm(paths, "read", unit=" files", delay=1))
+    files = tqdm(paths, "read", unit=" files", delay=1, disable=None)
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)
     start = time.perf_counter()
     tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.special_tokens, workers=settings.workers)
     seconds = time.perf_counter() - start
     tokenizer.save(settings.out)
-    longest = sorted(tokenizer.vocab.values(), key=len)[-5:]
-    print(f"{settings.out}: {tokenizer.vocab_size:,} tokens from {len(paths):,} files in {seconds:.1f} s; the longest: "
-          f"{' '.join(repr(token.decode(errors='replace')) for token in longest)}")
+    print(f"{settings.out}: {tokenizer.vocab_size:,} tokens from {len(paths):,} files, in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

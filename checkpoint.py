@@ -1,11 +1,13 @@
 """Models and resumable training state on disk, and no pickle anywhere.
 
-A pickle runs whatever code it carries when it is opened, and a flipped bit inside one loads without a word. So here:
-1. tensors are safetensors files (https://huggingface.co/docs/safetensors), written and read by hand: 8 bytes of length, a
-   JSON header, raw little-endian bytes. Every figure of the header is checked before a byte of memory is taken for it.
-2. a model is a Hugging Face folder: transformers opens what we save, and Llama and Qwen3 folders from there open here.
-   The parameters of model.py carry Hugging Face's names, so nothing is converted; only config.json is translated.
-3. the state of a run is a folder with a checksum for each file. It is whole or absent, whenever the process is killed.
+A pickle runs whatever code it carries when it is opened, and a flipped bit inside one loads without a word.
+So:
+1. tensors are safetensors files (https://huggingface.co/docs/safetensors), written and read by hand: 8 bytes
+   of length, a JSON header, raw little-endian bytes. The header is checked before memory is taken.
+2. a model is a Hugging Face folder: transformers opens what we save, and its Llama and Qwen3 folders open
+   here. The parameters of model.py carry Hugging Face's names, so nothing is converted but config.json.
+3. the state of a run is a folder with a checksum for each file. Whenever the process is killed, it is whole
+   or absent.
 
     >>> save_model(model, tokenizer, "my_model")
     >>> model, tokenizer = load_model("my_model")
@@ -29,7 +31,7 @@ from bpe import Tokenizer
 from config import UserError, open_whole, sync_folder
 from model import ModelConfig, Transformer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Tensors: the safetensors format
 
 DTYPES = {
@@ -42,7 +44,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
-assert sys.byteorder == "little", "the bytes of tensors are written as they lie in memory, and the format is little-endian"
+assert sys.byteorder == "little", "tensors are written as they lie in memory, and the format is little-endian"
 
 
 class Entry(NamedTuple):
@@ -56,10 +58,10 @@ class Entry(NamedTuple):
 def write_tensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
     """Write a safetensors file, whole or not at all, with one tensor in (CPU) memory at a time.
 
-    Only `.shape` and `.dtype` are asked for before a tensor's turn comes, so the values may live anywhere until then.
+    Before a tensor's turn comes, only its .shape and .dtype are asked for: its values may live anywhere.
     Tensors that share memory are written once each: leave out what is tied.
     """
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # so that each lies at a multiple of its width
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # each at a multiple of its width
     header, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name in names:
         dtype, shape = tensors[name].dtype, list(tensors[name].shape)
@@ -81,7 +83,7 @@ def raw_bytes(tensor: Tensor) -> np.ndarray:
 
 
 def read_header(path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """({name: Entry}, metadata) of a safetensors file, checked: what they promise lies in the file, without gap or overlap.
+    """({name: Entry}, metadata) of a safetensors file; what they promise is there, without gap or overlap.
 
     Raises UserError, naming the file and what is wrong with it.
     """
@@ -89,7 +91,8 @@ def read_header(path) -> tuple[dict[str, Entry], dict[str, str]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise UserError(f"{path} is no safetensors file, or cut short: a header of {length} bytes in a file of {size}")
+            raise UserError(f"{path} is no safetensors file, or cut short: "
+                            f"a header of {length} bytes in a file of {size}")
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
@@ -123,7 +126,8 @@ def checked_entry(name: str, info, data_start: int) -> Entry:
             raise ValueError(f"the header's entry for tensor {name} is {str(info):.100}")
     if dtype not in DTYPES:
         raise ValueError(f"tensor {name} is of type {dtype:.20}, which is none of {' '.join(DTYPES)}")
-    if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in shape) or math.prod(n or 1 for n in shape) >= 2**63:
+    sizes = len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    if not sizes or math.prod(n or 1 for n in shape) >= 2**63:  # torch's limits
         raise ValueError(f"tensor {name} cannot have the shape {str(shape):.100}")
     if start < 0 or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"tensor {name}, {dtype} {shape}, cannot take bytes {start} to {end}")
@@ -147,36 +151,38 @@ def each_tensor(path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_tensors(path, device="cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name. Raises UserError, naming the file and what is wrong with it."""
+    """All tensors of a safetensors file, by name. Raises UserError, naming the file and what is wrong."""
     return {name: tensor.to(device) for name, tensor in each_tensor(path)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. Models: a Hugging Face folder
 
 FIELDS = {  # of ModelConfig: what config.json calls them
-    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
-    "attention_bias": "attention_bias",
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias",
 }
-COMMON = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False}
+TYPES = {"norm_eps": float, "tie_embeddings": bool, "attention_bias": bool}  # the others are integers
+COMMON = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+          "attention_bias": False}
 DEFAULTS = {  # what each architecture means where its config.json is silent
     "LlamaForCausalLM": {**COMMON, "head_dim": None, "max_position_embeddings": 2048},
     "Qwen3ForCausalLM": {**COMMON, "head_dim": 128, "max_position_embeddings": 32768},  # Llama with qk_norm
 }
-ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}  # else: not ours
+ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}
 UNUSED = "rotary_emb.inv_freq"  # old Llama folders hold these tensors; model.py computes them
 
 
 def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_token: str = "<|endoftext|>"):
-    """Write config.json, model.safetensors and the tokenizer's files into a folder, as transformers lays them out.
+    """Write config.json, model.safetensors and the tokenizer's files into a folder, as transformers does.
 
-    eos_token: the special token at which generation ends; recorded where the tokenizer has it. Other files in the folder
-    stay. All is written beside the old files first, so a full disk loses nothing; then config.json goes first and comes
-    last, so a folder that has one is whole.
+    eos_token: the special token at which generation ends; recorded where the tokenizer has it. Other files in
+    the folder stay. All is written beside the old files first, so a full disk loses nothing; then config.json
+    goes first and comes last, so a folder that has one is whole.
     """
-    assert isinstance(model, Transformer), f"save the Transformer itself, not the {type(model).__name__} around it"
+    assert isinstance(model, Transformer), f"save the Transformer, not the {type(model).__name__} around it"
     folder = Path(folder)
     staging = folder / "save_model.tmp"
     shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
@@ -196,9 +202,10 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
 
 def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, eos_token: str):
     config, tensors = model.config, model.state_dict()
-    assert tensors.keys() == empty_model(config).state_dict().keys(), "the model has been changed: merge its adapters first"
+    changed = tensors.keys() ^ empty_model(config).state_dict().keys()
+    assert not changed, f"the model has been changed ({some(sorted(changed))}): merge its adapters first"
     if config.tie_embeddings:
-        assert model.lm_head.weight is model.model.embed_tokens.weight, "the head has come loose from the embedding"
+        assert model.lm_head.weight is model.model.embed_tokens.weight, "the head has come loose"
         del tensors["lm_head.weight"]
     write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     eos_id = None if tokenizer is None else tokenizer.special_tokens.get(eos_token)
@@ -209,14 +216,15 @@ def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, e
             "clean_up_tokenization_spaces": False, **({} if eos_id is None else {"eos_token": eos_token})})
     write_json(folder / "generation_config.json", {} if eos_id is None else {"eos_token_id": eos_id})
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**hf_config(config), "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": eos_id})
+    write_json(folder / "config.json",
+               {**hf_config(config), "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": eos_id})
 
 
-def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
-    """(model in eval mode, its tokenizer or None) from a folder of ours, or one of transformers' Llama or Qwen3 models.
+def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer | None]:
+    """(model in eval mode, its tokenizer or None) from a folder of ours, or of transformers' Llama or Qwen3.
 
-    Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and where the
-    model has a feature that ours has not. In memory: the model in `dtype`, and a tensor or two as stored.
+    Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and
+    where the model has a feature that ours has not. In memory: the model in `dtype`, and a tensor as stored.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -233,10 +241,10 @@ def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32) -> tupl
     if model.config.tie_embeddings:
         embedding = tensors["model.embed_tokens.weight"]
         if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-            raise UserError(f"{folder}: config.json ties head and embedding, but the two that are stored differ")
+            raise UserError(f"{folder}: config.json ties head and embedding, but those stored differ")
     model.load_state_dict(tensors, assign=True)
     if model.config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # assigning made them two parameters over one memory
+        model.lm_head.weight = model.model.embed_tokens.weight  # assigning made two parameters of one memory
     return model.eval(), load_tokenizer(folder, model.config)
 
 
@@ -262,8 +270,8 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     if pickles:
-        raise UserError(f"{folder} has its weights only as a pickle, {pickles[0].name}, which may run any code when it is "
-                        f"opened; get its model.safetensors instead")
+        raise UserError(f"{folder} has its weights only as a pickle, {pickles[0].name}, which may run any "
+                        f"code when it is opened; get its model.safetensors instead")
     raise UserError(f"{folder} has no model.safetensors")
 
 
@@ -279,7 +287,8 @@ def check_names(folder: Path, shapes: dict[str, tuple], model: Transformer):
         raise UserError(f"{folder} has {some(unknown)}, which its config.json does not imply")
     for name, shape in wanted.items():
         if shapes.get(name, shape) != shape:
-            raise UserError(f"{folder}: {name} has shape {list(shapes[name])}, but its config.json implies {list(shape)}")
+            raise UserError(f"{folder}: {name} has shape {list(shapes[name])}, "
+                            f"but its config.json implies {list(shape)}")
 
 
 def some(names: list[str]) -> str:
@@ -291,8 +300,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
         return None
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {config.vocab_size}: "
-                        f"they do not belong together")
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows "
+                        f"{config.vocab_size}: they do not belong together")
     return tokenizer
 
 
@@ -303,14 +312,14 @@ def hf_config(config: ModelConfig) -> dict:
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        "rope_theta": config.rope_theta, "rope_scaling": scaling,  # where transformers 4 looks for them; and 5:
+        "rope_theta": config.rope_theta, "rope_scaling": scaling,  # where transformers 4 looks; and 5:
         "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
         "hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
     }
 
 
 def model_config(path: Path) -> ModelConfig:
-    """ModelConfig from a config.json of ours or of transformers 4 or 5; UserError where ours cannot express it."""
+    """ModelConfig from a config.json of ours, or of transformers 4 or 5; UserError where it cannot say it."""
     content = read_json(path)
     name = str((content.get("architectures") or [content.get("model_type")])[0])
     name = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(name, name)
@@ -324,19 +333,20 @@ def model_config(path: Path) -> ModelConfig:
     content = {**DEFAULTS[name], **content}
     values = {}
     for ours, theirs in FIELDS.items():
-        value, kind = content.get(theirs), {"norm_eps": float, "tie_embeddings": bool, "attention_bias": bool}.get(ours, int)
+        value, kind = content.get(theirs), TYPES.get(ours, int)
         if type(value) is not kind and not (value is None and DEFAULTS[name].get(theirs, 0) is None):
             raise UserError(f"{path}: {theirs} must be of type {kind.__name__}, not {value!r:.60}")
         values[ours] = value
     try:
         theta, scaling = rope_of(content)
-        return ModelConfig(**values, rope_theta=theta, rope_scaling=scaling, qk_norm=name == "Qwen3ForCausalLM")
+        qk_norm = name == "Qwen3ForCausalLM"
+        return ModelConfig(**values, rope_theta=theta, rope_scaling=scaling, qk_norm=qk_norm)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def rope_of(content: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) of a config.json: transformers 4 wrote rope_theta and rope_scaling, 5 puts both in rope_parameters."""
+    """(theta, scaling) of a config.json; transformers 5 puts both in rope_parameters, 4 had two entries."""
     rope = {}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(content.get(key) or {}, dict):
@@ -369,10 +379,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. State: what a run needs to go on as if it had never stopped
 #
-#   state/step_00000200/  <group>.safetensors …  state.json  SHA256SUMS (so `sha256sum -c SHA256SUMS` checks it too)
+#   state/step_00000200/       <group>.safetensors …, state.json, SHA256SUMS (for `sha256sum -c` too)
 #   state/step_00000200.tmp/   being written, or being removed: not a state
 #   state/step_00000200.old/   still a state: it stands in while the same step is written anew
 
@@ -382,9 +392,9 @@ STATE_NAME = re.compile(r"step_(\d+)(\.old)?")
 def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], extra: dict, keep: int = 2):
     """Write the state after `step` steps to <folder>/step_<step>, then remove all but the last `keep` states.
 
-    tensors: {group: {name: tensor}}, such as "model" and "optimizer". extra: what JSON can hold (tuples become lists).
-    At every moment, a kill or a full disk leaves all that was there before, or all of the new. Later steps that lie in the
-    folder are removed: whoever saves this step has gone back behind them.
+    tensors: {group: {name: tensor}}, such as "model" and "optimizer". extra: what JSON can hold (tuples
+    become lists). At any moment, a kill or a full disk leaves a state that was there before, or the new one.
+    Later steps that lie in the folder are removed: whoever saves this step has gone back behind them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -418,7 +428,7 @@ def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], e
 def load_state(folder, say=print) -> tuple[int, dict[str, dict[str, Tensor]], dict] | None:
     """(step, tensors, extra) of the newest state that is whole, or None where there is none at all.
 
-    A state whose checksums do not hold is passed over for the one before it, and `say` is called with one line about it.
+    A state whose checksums do not hold is passed over for the one before it, and `say` is told, in a line.
     Raises UserError where there are states, but no whole one.
     """
     damaged = []
@@ -451,7 +461,8 @@ def read_state(state: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict]:
     files = {group: f"{group}.safetensors" for group in content["groups"]}
     if sums.keys() != {"state.json", *files.values()}:
         raise UserError("SHA256SUMS does not list all files that state.json does")
-    return content["step"], {group: read_tensors(state / file) for group, file in files.items()}, content["extra"]
+    tensors = {group: read_tensors(state / file) for group, file in files.items()}
+    return content["step"], tensors, content["extra"]
 
 
 def states(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Settings: a dataclass becomes a command line.
 
-A setting is one line of a dataclass; its name is the flag, its type checks the value, its trailing comment is the --help:
+A setting is one line of a dataclass. Its name is the flag, its type checks the value, its trailing comment is
+the --help:
 
     @dataclass
     class Settings:
@@ -10,8 +11,9 @@ A setting is one line of a dataclass; its name is the flag, its type checks the 
 
     settings = parse(Settings)      # python train.py --lr 1e-3 --betas 0.9 0.99 --no-compile
 
-Unlike with argparse nothing is said twice, and each mistake ends in one line that names the flag, the value and the remedy.
-Below, what every script needs: `run`, the frame around its main(), and `open_whole`, a file that is whole or absent.
+Unlike with argparse nothing is said twice, and each mistake ends in one line that names the flag, the value
+and the remedy. Below, what every script needs: `run`, the frame around its main(), and `open_whole`, a file
+that is whole or absent.
 """
 import contextlib
 import dataclasses
@@ -35,11 +37,12 @@ class UserError(ValueError):
 
 
 def parse(Settings, argv=None):
-    """A Settings from the command line: the defaults, then the file of --config, then the flags; the later wins.
+    """A Settings from the command line: defaults, then the file of --config, then the flags; the last wins.
 
-    argv: list of words, default sys.argv[1:]. `--name value`, `--name=value`, `--flag`, `--no-flag`; dashes in a name equal
-    underscores; a tuple takes several words, or numbers joined by commas; `none` is None where the type allows None.
-    On a mistake (a UserError of Settings.__post_init__ too) prints `error: …` to stderr and exits with code 2.
+    argv: list of words, default sys.argv[1:]. `--name value`, `--name=value`, `--flag`, `--no-flag`; dashes
+    in names equal underscores; a tuple takes several words, or numbers joined by commas; `none` is None where
+    the type allows None. On a mistake (a UserError of Settings.__post_init__ too) prints `error: …` to stderr
+    and exits with code 2.
     """
     print_any_character()
     try:
@@ -63,7 +66,7 @@ def parse(Settings, argv=None):
 def require(settings, **bounds):
     """Raise UserError where a setting is out of its bounds: for __post_init__.
 
-    bounds: name=(low, high), both inclusive, None where open; or name={"a", "b"}, the values that are allowed.
+    bounds: name=(low, high), both inclusive, None where open; or name={"a", "b"}, the values allowed.
     A setting that is None passes; a tuple's values are checked one by one.
     """
     for name, bound in bounds.items():
@@ -76,8 +79,10 @@ def require(settings, **bounds):
                     raise UserError(f"--{name} {item} is not one of {', '.join(map(str, sorted(bound)))}")
                 continue
             low, high = bound
-            if not ((low is None or item >= low) and (high is None or item <= high)):  # nan is out of every range
-                allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+            inside = (low is None or item >= low) and (high is None or item <= high)
+            if not inside:  # nan too
+                allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else \
+                    f"{low} to {high}"
                 raise UserError(f"--{name} {item} is out of range; it must be {allowed}")
 
 
@@ -98,8 +103,11 @@ def to_json(settings) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line, and the file of --config
+
+
+USAGE = "settings are given as --name value, and --help lists them"
 
 
 class Setting(typing.NamedTuple):
@@ -111,10 +119,12 @@ class Setting(typing.NamedTuple):
 
 def settings_of(Settings) -> dict[str, Setting]:
     """{name: Setting} of a dataclass, in its order."""
-    hints, known = typing.get_type_hints(Settings), {}  # hints: resolved, where `from __future__ import annotations` left text
+    known = {}
+    hints = typing.get_type_hints(Settings)  # types, even if `from __future__ import annotations` left text
     for field in dataclasses.fields(Settings):
         kind, args = hints[field.name], typing.get_args(hints[field.name])
-        optional = typing.get_origin(kind) in (typing.Union, types.UnionType) and type(None) in args and len(args) == 2
+        union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+        optional = union and type(None) in args and len(args) == 2
         kind = next(arg for arg in args if arg is not type(None)) if optional else kind
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if field.init:
@@ -124,18 +134,18 @@ def settings_of(Settings) -> dict[str, Setting]:
 
 def command_line(argv, known) -> dict[str, list[str]]:
     """{name: the words after its flag}. A flag that is given twice counts once, the last time."""
-    given, name = {}, None
+    given, name, switches_off = {}, None, negatives(known)
     for word in argv:
         if word == "-h" or word.startswith("--"):
             flag, equals, value = word.partition("=")
             name, words = "help" if word == "-h" else flag[2:].replace("-", "_"), [value] if equals else []
-            if name not in known and name.startswith("no_") and name[3:] in known and known[name[3:]].kind is bool:
+            if name in switches_off and name not in known:
                 name, words = name[3:], ["false", *words]
             elif name not in known and name not in ("config", "help"):
                 raise UserError(f"unknown flag {flag}; {nearest(name, known)}")
             given[name] = words
         elif name is None:
-            raise UserError(f"unexpected word {word!r}; settings are given as --name value, and --help lists them")
+            raise UserError(f"unexpected word {word!r}; {USAGE}")
         else:
             given[name].append(word)
     for name, words in given.items():
@@ -145,20 +155,23 @@ def command_line(argv, known) -> dict[str, list[str]]:
         elif not words and name != "help":
             raise UserError(f"--{name} needs a value: {setting.words}")
         elif len(words) > 1 and not is_tuple(setting.kind):
-            raise UserError(f"unexpected word {words[1]!r} after --{name} {words[0]}; settings are given as --name value")
+            raise UserError(f"unexpected word {words[1]!r} after --{name} {words[0]}; {USAGE}")
     return given
 
 
+def negatives(known) -> list[str]:
+    return [f"no_{name}" for name, setting in known.items() if setting.kind is bool]
+
+
 def nearest(name, known) -> str:
-    names = ["config", "help", *known, *(f"no_{switch}" for switch in known if known[switch].kind is bool)]
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, ["config", "help", *known, *negatives(known)], n=1)
     return f"did you mean --{close[0]}?" if close else "--help lists those there are"
 
 
 def config_file(path, known) -> dict:
     """The values in a JSON file, checked as those of the command line are."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: Windows' editors put a mark in front
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: Windows puts a mark in front
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -172,7 +185,7 @@ def config_file(path, known) -> dict:
             for name, value in content.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Types: what was typed, or stood in the file, becomes a value
 
 
@@ -190,13 +203,14 @@ def checked(convert, given, setting, where):
 
 
 def from_words(words: list[str], kind):
-    """The value that words of the command line stand for; ValueError or LookupError where they are not of this kind."""
+    """The value that words of the command line stand for; ValueError or LookupError if not of this kind."""
     args = typing.get_args(kind)
     if is_tuple(kind):
         if len(words) == 1 and args[0] is not str:  # text is not split: the name of a file may hold a comma
             words = words[0].split(",")
         words = [] if words == [""] else words
-        return tuple(from_words([word], item) for word, item in zip(words, item_kinds(args, len(words)), strict=True))
+        pairs = zip(words, item_kinds(args, len(words)), strict=True)
+        return tuple(from_words([word], item_kind) for word, item_kind in pairs)
     word = words[0]
     if typing.get_origin(kind) is typing.Literal:
         return {str(choice): choice for choice in args}[word]
@@ -211,7 +225,8 @@ def from_json(value, kind):
     """The value from JSON, whose lists become tuples; ValueError where it is not of this kind."""
     args = typing.get_args(kind)
     if is_tuple(kind) and isinstance(value, list):
-        return tuple(from_json(item, of) for item, of in zip(value, item_kinds(args, len(value)), strict=True))
+        pairs = zip(value, item_kinds(args, len(value)), strict=True)
+        return tuple(from_json(item, item_kind) for item, item_kind in pairs)
     if typing.get_origin(kind) is typing.Literal:
         return args[args.index(value)]
     if kind is float and type(value) is int:
@@ -239,7 +254,8 @@ def is_tuple(kind) -> bool:
 
 
 def is_finite(value) -> bool:
-    return all(math.isfinite(item) for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, float))
+    items = value if isinstance(value, tuple) else (value,)
+    return all(math.isfinite(item) for item in items if isinstance(item, float))
 
 
 def describe(kind) -> str:
@@ -251,22 +267,23 @@ def describe(kind) -> str:
     if is_tuple(kind):
         return f"{len(args)} values: {', '.join(map(describe, args))}"
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    assert kind in words, f"a setting cannot be {kind}; use int, float, str, bool, Literal, tuple[...] or one of them | None"
+    assert kind in words, f"a setting cannot be {kind}; use int, float, str, bool, Literal, tuple, x | None"
     return words[kind]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Help: the comments are read from the source
 
 
 def help_text(Settings, known) -> str:
     about = (inspect.getdoc(inspect.getmodule(Settings)) or "").partition("\n\n")[0].replace("\n", " ")
-    lines = [about, "", "--name value sets a setting; --config file.json reads them from a file; --help prints this", ""]
+    lines = [about, "", "--name value sets one, --config file.json reads a file of them, --help prints this"]
     texts = comments(Settings)
     for name, setting in known.items():
         flag = f"--{name}" + f" / --no-{name}" * (setting.kind is bool)
-        default = "required" if setting.default is dataclasses.MISSING else f"default {as_text(setting.default)}"
-        lines.append(f"  {flag}: {setting.words} ({default})")
+        required = setting.default is dataclasses.MISSING
+        default = "required" if required else f"default {as_text(setting.default)}"
+        lines += ["", f"  {flag}: {setting.words} ({default})"]
         lines += textwrap.wrap(texts.get(name, ""), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines).strip()
 
@@ -282,9 +299,9 @@ def as_text(value) -> str:
 
 
 def comments(Settings) -> dict[str, str]:
-    """{field: its trailing comment, with the comment lines directly below it}, of this class and those it inherits from.
+    """{field: its trailing comment, with the comment lines directly below it}, inherited fields included.
 
-    Tokens are read, not lines: a # inside a string is no comment. Where there is no source (python -c), there are none.
+    Tokens are read, not lines: a # inside a string is no comment. Where there is no source (python -c): {}.
     """
     found = {}
     for owner in reversed(Settings.__mro__):
@@ -293,7 +310,7 @@ def comments(Settings) -> dict[str, str]:
             tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
         except (OSError, TypeError, SyntaxError, tokenize.TokenError):
             continue
-        body = 1 + source[0].isspace()  # depth of the fields; the source of a class in a function is indented as a whole
+        body = 1 + source[0].isspace()  # depth of the fields; a class in a function is indented as a whole
         depth, statement, field = 0, [], None
         for token in tokens:
             if token.type in (tokenize.INDENT, tokenize.DEDENT):
@@ -314,12 +331,12 @@ def comments(Settings) -> dict[str, str]:
     return {name: " ".join(lines) for name, lines in found.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What every script needs
 
 
 def run(main):
-    """Call main(); a user's mistake, a missing file, a full disk or Ctrl-C ends in one line and exit code 2 (Ctrl-C: 130)."""
+    """Call main(); a mistake, a missing file, a full disk end in one line and code 2, Ctrl-C in 130."""
     print_any_character()
     try:
         main()
@@ -328,20 +345,20 @@ def run(main):
     except UserError as error:
         message, code = f"error: {error}", 2
     except OSError as error:
-        reason = error.strerror or error
-        message, code = f"error: {reason}" if error.filename is None else f"error: {error.filename}: {reason}", 2
+        where = "" if error.filename is None else f"{error.filename}: "
+        message, code = f"error: {where}{error.strerror or error}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     print(message, file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads our output any more (`| head`): Python would complain of it once more on its way out
+    except OSError:  # nobody reads our output any more (`| head`): keep Python from saying so once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(code)
 
 
 def print_any_character():
-    """Let a console that cannot show a character (Windows' code pages, LANG=C) print its escape instead of failing."""
+    """Let a console that lacks a character (Windows' code pages, LANG=C) print its escape, not fail."""
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -351,8 +368,9 @@ def print_any_character():
 def open_whole(path, mode="wb"):
     """A file to write that appears at `path` whole or not at all, in place of what was there.
 
-    Written beside it as <path>.tmp, flushed to the disk, renamed: a rename is atomic, a write is not. mode: "wb" or "w"
-    (UTF-8, "\\n" on every system). On any error what stood at `path` is untouched. Raises an OSError that names the file.
+    Written beside it as <path>.tmp, flushed to the disk, renamed: a rename is atomic, a write is not.
+    mode: "wb" or "w" (UTF-8, "\\n" on every system). On any error what stood at `path` is untouched.
+    Raises OSError; a full disk's names the file.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -366,13 +384,13 @@ def open_whole(path, mode="wb"):
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # write() does not say which file it was
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # write() does not say which file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def sync_folder(folder):
-    """Make renames in this folder survive a power cut, where the system can (Windows cannot open a folder)."""
+    """Make renames in this folder survive a power cut, where the system can; Windows cannot open a folder."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

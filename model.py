@@ -45,9 +45,11 @@ class ModelConfig:
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range; it must be at least 1")
+        if not 0 < self.rope_theta < math.inf:
+            raise UserError(f"rope_theta {self.rope_theta} is out of range; it must be above 0, and is 10000 in most models")
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 raise UserError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}; choose a multiple of the heads")
@@ -82,7 +84,8 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
     float32 throughout: in bfloat16 the positions beyond 256 would already be rounded.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)  # (D/2,)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim  # (D/2,)
+    frequencies = 1.0 / theta ** exponents  # not theta ** -exponents: Hugging Face's bits, which count at position 30,000
     angles = positions[..., None].float() * frequencies  # (..., T, D/2)
     return angles.cos(), angles.sin()
 
@@ -210,7 +213,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None):
         """Normal with std 1/sqrt(C) for what reads the stream; what writes to it starts at zero, so each block starts as the
-        identity, as does the head, so the loss starts at ln V exactly (a tied head: std 0.02, loss within a few % of ln V).
+        identity, as does the head, so the loss starts at ln V exactly. A tied head reads back the token that was put in: its
+        logit is std C, kept at 4 or less, so that the loss starts within a few % of ln V.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:  # norms and biases
@@ -218,7 +222,7 @@ class Transformer(nn.Module):
             elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
                 parameter.zero_()
             elif name.endswith("embed_tokens.weight"):
-                parameter.normal_(std=0.02 if self.config.tie_embeddings else 1.0, generator=generator)
+                parameter.normal_(std=min(0.02, 4 / self.config.dim) if self.config.tie_embeddings else 1.0, generator=generator)
             else:
                 parameter.normal_(std=self.config.dim ** -0.5, generator=generator)
 
@@ -286,13 +290,13 @@ class Generation:
 def next_token_logps(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """The log-probabilities (B, V) that are sampled from, in float32. Temperature 0: all on the likeliest token."""
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so close that dividing by it would overflow
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        best = logits.topk(top_k, dim=-1)  # by index and not by value: equal logits must not let in more than k
+        logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
     if top_p is not None and top_p < 1:  # the smallest set of likeliest tokens whose mass reaches p (Holtzman et al. 2020)
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)
@@ -307,6 +311,8 @@ def generate_stream(model: Transformer, ids: Tensor | Sequence[Sequence[int]], m
                     generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields, for each new position, the tokens (B,) and their log-probabilities (B,), as `generate` describes."""
     check_sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens} is out of range; it must be at least 1")
     device = next(model.parameters()).device
     prompts = [torch.as_tensor(prompt, dtype=torch.long) for prompt in ids]
     if not prompts or min(len(prompt) for prompt in prompts) == 0:

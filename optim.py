@@ -38,6 +38,13 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], momentum: float = 0.95):
         super().__init__(groups, {"muon": False, "momentum": momentum, "weight_decay": 0.0})
+        self.share_with_adamw()
+
+    def __setstate__(self, state: dict):
+        super().__setstate__(state)
+        self.share_with_adamw()  # load_state_dict and copies make new dicts
+
+    def share_with_adamw(self):
         others = [group for group in self.param_groups if not group["muon"]]  # the same dicts: a new lr is seen by both
         self.adamw = torch.optim.AdamW(others, fused=True)
         self.adamw.state = self.state  # one state for all, so that saving and loading need not know of the two

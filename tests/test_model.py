@@ -1,0 +1,672 @@
+"""model.py: the architecture in the order of the lesson; against formulas, torch and transformers.
+
+Where a test says "bitwise", a last bit that differs is information that leaked. Else float32 rounds after 24 bits (6e-8), sums
+of some dozen terms of size 1 through a few layers end near 1e-6, and 1e-5 leaves room for another order of summation.
+"""
+import doctest
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import TopPLogitsWarper
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+import model as model_file
+from config import UserError
+from model import (KVCache, ModelConfig, RMSNorm, Transformer, attention, count_parameters, estimate_flops, generate,
+                   next_token_logps, rope_angles, rotate)
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
+
+
+def random_model(config=TINY, **changes) -> Transformer:
+    """A model in which every weight matters: those that start at zero or one, for training's sake, are random too."""
+    model = Transformer(replace(config, **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2, generator=generator).add_(1.0) if p.dim() == 1 else p.normal_(std=0.2, generator=generator)
+    return model.eval()
+
+
+def random_ids(*shape, vocab_size=50, seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_example_in_the_docstring_holds():
+    assert doctest.testmod(model_file).failed == 0
+
+
+# RMSNorm
+
+
+def test_rmsnorm_divides_by_the_root_of_the_mean_square():
+    norm = RMSNorm(2, eps=0.0)
+    norm.weight.data = torch.tensor([1.0, 2.0])
+    rms = math.sqrt((3 ** 2 + 4 ** 2) / 2)
+    torch.testing.assert_close(norm(torch.tensor([3.0, 4.0])), torch.tensor([3 / rms, 2 * 4 / rms]))
+
+
+def test_rmsnorm_equals_torchs_and_eps_stands_inside_the_root():
+    x = randn(2, 3, 16) * 1e-3  # so small that an eps outside the root, or forgotten, would show
+    norm = RMSNorm(16, eps=1e-6)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, eps=1e-6))
+    assert torch.equal(norm(torch.zeros(16)), torch.zeros(16)), "zeros must stay zeros, not become NaN"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rmsnorm_statistics_are_float32(dtype):
+    x = torch.full((4096,), 300.0, dtype=dtype)  # 300^2 is infinite in float16
+    out = RMSNorm(4096, eps=1e-6).to(dtype)(x)
+    assert out.dtype == dtype
+    assert torch.equal(out, torch.ones_like(x)), "the mean of squares overflowed or was rounded: take it in float32"
+
+
+# Rotary positions
+
+
+def test_rope_turns_a_pair_by_its_position_in_radians():
+    """The first frequency is theta^0 = 1: (1, 0) at position p becomes (cos p, sin p). Halves are paired: 0 with 2, 1 with 3."""
+    cos, sin = rope_angles(torch.tensor([[5]]), head_dim=4, theta=100.0)
+    x = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    torch.testing.assert_close(rotate(x, cos[:, None], sin[:, None]).flatten(), torch.tensor([math.cos(5), 0, math.sin(5), 0]))
+    x = torch.tensor([0.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # second frequency: 100^(-2/4) = 1/10
+    torch.testing.assert_close(rotate(x, cos[:, None], sin[:, None]).flatten(), torch.tensor([0, math.cos(0.5), 0, math.sin(0.5)]))
+
+
+def test_rope_scores_depend_on_the_distance_only():
+    q, k = randn(1, 1, 1, 32, seed=0), randn(1, 1, 1, 32, seed=1)
+
+    def score(i, j):
+        (cos_i, sin_i), (cos_j, sin_j) = (rope_angles(torch.tensor([[p]]), 32, 10000.0) for p in (i, j))
+        return (rotate(q, cos_i, sin_i) * rotate(k, cos_j, sin_j)).sum()
+    for i, j in ((3, 0), (9, 2), (0, 11)):  # 1e-4: an angle of 100 is itself rounded at 100 x 6e-8, times |q||k|, about 30
+        torch.testing.assert_close(score(i, j), score(i + 100, j + 100), rtol=0, atol=1e-4)
+    assert abs(score(3, 0) - score(0, 3)) > 0.1, "the direction of time must matter"
+
+
+def test_rope_keeps_lengths_and_types():
+    cos, sin = rope_angles(torch.arange(40)[None], 16, 10000.0)
+    x = randn(2, 3, 40, 16)
+    torch.testing.assert_close(rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
+    assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+def test_rope_angles_are_float32_even_far_out_and_in_a_bfloat16_model():
+    positions = torch.tensor([[0, 257, 4095, 131071]])
+    cos, sin = rope_angles(positions, 64, 500000.0)
+    assert cos.dtype == sin.dtype == torch.float32
+    exact = positions[..., None].double() * 500000.0 ** (-torch.arange(0, 64, 2).double() / 64)
+    error = (cos - exact.cos()).abs().amax(dim=-1)  # each angle is rounded three times: frequency's exponent, frequency, product
+    assert (error <= (positions + 1) * 3 * 2 ** -23).all(), "angles were rounded to less than float32"
+    model = random_model().bfloat16()
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.extend(t.dtype for t in args[1]))
+    model(random_ids(1, 4))
+    assert seen == [torch.float32, torch.float32]
+
+
+def test_rope_equals_transformers_bit_for_bit_at_any_position():
+    """So nothing is permuted on the way in or out; and not only nearly: at position 30,000 a last bit of a frequency is 0.003."""
+    positions = torch.tensor([[0, 1, 77, 30000]])
+    theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=40000,
+                                              rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+    their_cos, their_sin = theirs(randn(1), positions)
+    cos, sin = rope_angles(positions, 32, 10000.0)
+    assert torch.equal(torch.cat((cos, cos), dim=-1), their_cos) and torch.equal(torch.cat((sin, sin), dim=-1), their_sin)
+    q, k = randn(1, 2, 4, 32, seed=0), randn(1, 2, 4, 32, seed=1)
+    their_q, their_k = apply_rotary_pos_emb(q, k, their_cos, their_sin)
+    assert torch.equal(rotate(q, cos[:, None], sin[:, None]), their_q)
+    assert torch.equal(rotate(k, cos[:, None], sin[:, None]), their_k)
+
+
+# Attention: the reference
+
+
+def test_attention_by_hand():
+    """Scores 0 and ln 3 (times sqrt D, which is divided out): weights 1/4 and 3/4."""
+    q = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    k = torch.tensor([[0.0, 0, 0, 0], [2 * math.log(3), 0, 0, 0]]).view(1, 1, 2, 4)
+    v = torch.tensor([[0.0, 0, 0, 4], [4.0, 0, 0, 0]]).view(1, 1, 2, 4)
+    torch.testing.assert_close(attention(q, k, v, None).flatten(), torch.tensor([3.0, 0, 0, 1]))
+
+
+def test_attention_equals_loops():
+    B, H, K, T, S, D = 2, 4, 2, 3, 5, 6
+    q, k, v = randn(B, H, T, D, seed=0), randn(B, K, S, D, seed=1), randn(B, K, S, D, seed=2)
+    mask = randn(B, H, T, S, seed=3) > 0
+    mask[..., 0] = True
+    out = attention(q, k, v, mask)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                visible = [s for s in range(S) if mask[b, h, t, s]]
+                terms = [math.exp(sum(q[b, h, t, d].item() * k[b, h // 2, s, d].item() for d in range(D)) / math.sqrt(D))
+                         for s in visible]
+                for d in range(D):
+                    value = sum(term * v[b, h // 2, s, d].item() for term, s in zip(terms, visible)) / sum(terms)
+                    assert abs(out[b, h, t, d].item() - value) < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_torchs(kv_heads, masked):
+    q, k, v = randn(2, 6, 7, 8, seed=0), randn(2, kv_heads, 9, 8, seed=1), randn(2, kv_heads, 9, 8, seed=2)
+    mask = (randn(2, 1, 7, 9, seed=3) > 0).index_fill(-1, torch.tensor([4]), True) if masked else None
+    torch.testing.assert_close(attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True), **CLOSE)
+
+
+def test_query_heads_read_their_group_of_key_value_heads():
+    v = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 5, 2)  # head k holds the value k
+    out = attention(randn(1, 6, 4, 2), randn(1, 3, 5, 2), v, None)
+    assert out[0, :, 0, 0].round().tolist() == [0, 0, 1, 1, 2, 2], "query head h must read head h // (H / K), not h % K"
+
+
+@pytest.mark.parametrize("kernel", [attention, lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)])
+def test_a_query_that_may_look_at_nothing_gets_zeros_and_no_nan_in_gradients(kernel):
+    q, k, v = (randn(1, 2, 3, 4, seed=seed).requires_grad_() for seed in range(3))
+    mask = torch.tensor([[False, False, False], [True, False, False], [True, True, False]])
+    out = kernel(q, k, v, mask)
+    assert torch.equal(out[:, :, 0], torch.zeros(1, 2, 4))
+    out.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+# Attention: the fused path
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_kv_heads=4), dict(n_kv_heads=1), dict(qk_norm=True), dict(attention_bias=True),
+                                     dict(head_dim=6)], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "padded", "documents", "cached", "one token"])
+def test_the_fused_path_equals_the_reference(monkeypatch, changes, kind):
+    model = random_model(**changes)
+    ids, cache = random_ids(2, 9), None
+    mask = {"padded": torch.arange(9) >= torch.tensor([[0], [4]]),
+            "documents": torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 9, 9) & (torch.arange(9) // 5 == torch.arange(9)[:, None] // 5)}.get(kind)
+
+    def run():
+        cache = KVCache(model.config, 2, 9) if kind in ("cached", "one token") else None
+        parts = {"cached": [5, 4], "one token": [8, 1]}.get(kind, [9])
+        return torch.cat([model(part, mask=mask, cache=cache) for part in ids.split(parts, dim=1)], dim=1)
+    fused = run()
+    calls = []
+
+    def reference(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        calls.append(attn_mask)
+        assert not (is_causal and attn_mask is not None) and enable_gqa == (q.size(1) != k.size(1))
+        assert not is_causal or q.size(2) == k.size(2), "the kernel's causal form is wrong where T is not S"
+        causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(k.size(2) - q.size(2))
+        return attention(q, k, v, causal if is_causal else attn_mask)
+    monkeypatch.setattr(model_file.F, "scaled_dot_product_attention", reference)
+    torch.testing.assert_close(fused, run(), **CLOSE)
+    assert len(calls) >= model.config.n_layers
+
+
+# Who sees whom
+
+
+@pytest.mark.parametrize("T", [12, 200])  # 200: more than a block of the fused kernel
+def test_changing_a_token_leaves_all_logits_before_it_bitwise_equal(T):
+    model = random_model(max_seq_len=256)
+    ids = random_ids(2, T)
+    before = model(ids)
+    for t in (1, T // 2, T - 1):
+        changed = ids.clone()
+        changed[:, t] = (ids[:, t] + 1) % 50
+        after = model(changed)
+        assert torch.equal(before[:, :t], after[:, :t]), f"a position before {t} saw token {t}"
+        assert not torch.equal(before[:, t:], after[:, t:])
+
+
+def test_the_order_of_earlier_tokens_matters():
+    model = random_model()
+    assert not torch.allclose(model(torch.tensor([[1, 2, 3]]))[:, -1], model(torch.tensor([[2, 1, 3]]))[:, -1], atol=1e-2)
+
+
+def test_only_distances_between_positions_matter_to_the_model():
+    model, ids = random_model(), random_ids(1, 10)
+    torch.testing.assert_close(model(ids), model(ids, positions=torch.arange(10)[None] + 37), rtol=0, atol=1e-4)  # 1e-4: as above
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [5, 7], [4, 1, 6, 1], [11, 1], [1, 11]], ids=str)
+@pytest.mark.parametrize("pad", ["none", "left", "right"])
+def test_prefill_in_chunks_equals_one_pass(sizes, pad):
+    """`is_causal=True` would be wrong for every chunk but the first: it lets query 0 see key 0 only."""
+    model, ids = random_model(), random_ids(2, 12)
+    mask = {"left": torch.arange(12) >= torch.tensor([[0], [5]]), "right": torch.arange(12) < torch.tensor([[12], [7]])}.get(pad)
+    cache, start, parts = KVCache(model.config, 2, 12), 0, []
+    for size in sizes:
+        part = None if mask is None else mask[:, :start + size]
+        parts.append(model(ids[:, start:start + size], mask=part, cache=cache))
+        start += size
+    real = slice(None) if mask is None else mask
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], model(ids, mask=mask)[real], **CLOSE)
+    assert cache.length == 12
+
+
+def test_the_cache_holds_the_key_value_heads_not_the_query_heads():
+    model = random_model()
+    cache = KVCache(model.config, 3, 10)
+    model(random_ids(3, 4), cache=cache)
+    for layer in cache.layers:
+        assert layer.k.shape == layer.v.shape == (3, 2, 10, 8)  # B, K, longest, D
+        assert layer.k[:, :, :4].abs().min() > 0 and (layer.k[:, :, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_equals_the_single_sequences(side):
+    model = random_model(max_seq_len=16)
+    sequences = [random_ids(length, seed=length) for length in (3, 1, 8)]
+    ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        place = slice(8 - len(sequence), 8) if side == "left" else slice(len(sequence))
+        ids[row, place], mask[row, place] = sequence, True
+    logits = model(ids, mask=mask)
+    assert torch.isfinite(logits).all(), "a padding token that may look at nothing gave NaN"
+    for row, sequence in enumerate(sequences):
+        torch.testing.assert_close(logits[row, mask[row]], model(sequence[None])[0], **CLOSE,
+                                   msg=lambda m: f"row {row}: do positions count the real tokens only?\n{m}")
+    other = model(torch.where(mask, ids, 7), mask=mask)
+    assert torch.equal(logits[mask], other[mask]), "the id under the padding leaked"
+
+
+def test_gradients_of_a_padded_batch_are_finite_and_do_not_reach_the_padding():
+    model = random_model()
+    mask = torch.arange(8) >= torch.tensor([[0], [5]])
+    ids = torch.where(mask, random_ids(2, 8, vocab_size=49), 49)  # token 49 stands only under the padding
+    model(ids, mask=mask)[mask].square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert (model.model.embed_tokens.weight.grad[49] == 0).all()
+
+
+def two_documents():
+    """ids (1, 10): documents of 4 and 6 tokens; mask (1, 10, 10); positions that begin anew."""
+    document = torch.tensor([0] * 4 + [1] * 6)
+    mask = torch.ones(10, 10, dtype=torch.bool).tril() & (document == document[:, None])
+    return random_ids(1, 10), mask[None], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+
+
+def test_with_a_document_mask_changing_one_document_leaves_the_other_bitwise_equal():
+    model = random_model()
+    ids, mask, positions = two_documents()
+    changed = ids.clone()
+    changed[:, :4] = (ids[:, :4] + 1) % 50
+    assert torch.equal(model(ids, positions, mask)[:, 4:], model(changed, positions, mask)[:, 4:])
+    assert not torch.allclose(model(ids, positions)[:, 4:], model(changed, positions)[:, 4:]), \
+        "restarting positions alone must not be what isolates documents"
+
+
+def test_documents_in_one_row_equal_each_alone():
+    model = random_model()
+    ids, mask, positions = two_documents()
+    logits = model(ids, positions, mask)
+    torch.testing.assert_close(logits[:, :4], model(ids[:, :4]), **CLOSE)
+    torch.testing.assert_close(logits[:, 4:], model(ids[:, 4:]), **CLOSE)
+    torch.testing.assert_close(model(ids, mask=mask)[:, 4:], logits[:, 4:], rtol=0, atol=1e-4)  # distances are what counts
+
+
+def test_more_tokens_than_max_seq_len_are_refused_with_and_without_a_cache():
+    model = random_model()
+    with pytest.raises(UserError, match="65 tokens exceed max_seq_len 64"):
+        model(random_ids(1, 65))
+    cache = KVCache(model.config, 1, 64)
+    model(random_ids(1, 60), cache=cache)
+    with pytest.raises(UserError, match="65 tokens exceed max_seq_len 64"):
+        model(random_ids(1, 5), cache=cache)
+
+
+# The whole: weights, sizes, precision
+
+
+def test_tied_weights_are_one_tensor_counted_once_and_still_cost_the_heads_flops():
+    tied, untied = Transformer(replace(TINY, tie_embeddings=True)), Transformer(TINY)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 50 * 32
+    assert count_parameters(untied.config) - count_parameters(tied.config) == 50 * 32
+    assert estimate_flops(tied.config, 16) == estimate_flops(untied.config, 16), "a look-up is free, the head is not"
+    tied(random_ids(1, 4)).sum().backward()
+    assert len({name for name, p in tied.named_parameters() if p.grad is not None and p.shape == (50, 32)}) == 1
+
+
+def initial_loss(config):
+    torch.manual_seed(0)
+    ids = random_ids(4, 33, vocab_size=config.vocab_size)
+    return F.cross_entropy(Transformer(config)(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_the_loss_starts_at_the_logarithm_of_the_vocabulary():
+    assert abs(initial_loss(TINY) - math.log(50)) < 1e-6  # exactly, but for rounding: the head is zero, all are equally likely
+
+
+@pytest.mark.parametrize("dim", [32, 256, 1024])
+def test_the_loss_of_a_tied_model_starts_close_to_it_at_any_width(dim):
+    """A token's own logit is std C, which with a fixed std of 0.02 grows beyond ln V: to 41 nats at C = 2048."""
+    config = ModelConfig(vocab_size=4096, dim=dim, n_layers=1, n_heads=4, ffn_dim=64, tie_embeddings=True)
+    assert initial_loss(config) == pytest.approx(math.log(4096), rel=0.05)
+
+
+def test_each_block_starts_as_the_identity_and_every_matrix_learns_within_three_steps():
+    torch.manual_seed(0)
+    model, ids = Transformer(TINY), random_ids(2, 8)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert torch.equal(model.model(ids), model.model.norm(model.model.embed_tokens(ids)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):  # the head moves first, then what writes to the stream, then what reads from it
+        F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, start[name])] == [], "stuck at its start"
+
+
+def test_the_same_generator_draws_the_same_weights():
+    models = [Transformer(TINY), Transformer(TINY)]
+    for model in models:
+        model.init_weights(torch.Generator().manual_seed(5))
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
+
+
+VARIANTS = [{}, dict(n_kv_heads=4), dict(n_kv_heads=1), dict(tie_embeddings=True), dict(qk_norm=True), dict(attention_bias=True),
+            dict(head_dim=12), dict(head_dim=6, qk_norm=True, attention_bias=True, tie_embeddings=True, n_kv_heads=1)]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_count_parameters_equals_the_sum_over_the_model(changes):
+    config = replace(TINY, **changes)
+    with torch.device("meta"):
+        assert count_parameters(config) == sum(p.numel() for p in Transformer(config).parameters())
+
+
+def test_llama_7b_has_6738415616_parameters():
+    config = ModelConfig(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, ffn_dim=11008)
+    assert count_parameters(config) == 6_738_415_616
+    V, C, L, ffn = 32000, 4096, 32, 11008
+    assert count_parameters(config) == V * C + V * C + (2 * L + 1) * C + 4 * L * C ** 2 + 3 * L * C * ffn
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_estimate_flops_equals_torchs_count(changes):
+    """Exactly. The counter sees every matrix product of forward and backward, and with the plain attention kernel all T x T pairs;
+    the estimate takes a causal half of these, T // 2 a token, as a kernel that skips the rest does. The other half is added here.
+    """
+    model, T, B = random_model(**changes), 16, 2
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(random_ids(B, T)).sum().backward()
+    config = model.config
+    skipped = 3 * 2 * config.n_layers * 2 * config.n_heads * config.head_dim * (T - T // 2)
+    assert counter.get_total_flops() == B * T * (estimate_flops(config, T) + skipped)
+
+
+def test_flops_are_six_for_each_weight_of_a_large_model():
+    """Kaplan et al.'s rule of thumb, which leaves out attention (here 3 % of the work) and counts the embedding (2 %)."""
+    config = ModelConfig(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, ffn_dim=11008)
+    assert estimate_flops(config, 2048) == pytest.approx(6 * count_parameters(config), rel=0.04)
+
+
+def test_under_bfloat16_autocast_norms_and_the_stream_stay_float32():
+    model, ids, seen = random_model(qk_norm=True), random_ids(2, 8), {}
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[0].dtype, out.dtype)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids)
+    assert logits.dtype == torch.bfloat16  # matrix products are
+    assert len(seen) == 2 * 4 + 1
+    for name, (given, returned) in seen.items():
+        assert returned == torch.float32, name
+        assert given == (torch.bfloat16 if name.endswith(("q_norm", "k_norm")) else torch.float32), f"the stream into {name}"
+    error = (logits.float() - model(ids)).square().mean().sqrt() / model(ids).square().mean().sqrt()
+    assert error < 0.02  # bfloat16 rounds at 2^-9 = 0.002; about ten roundings lie one behind another
+
+
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+def test_generation_works_in_bfloat16(precision):
+    model = random_model() if precision == "autocast" else random_model().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        sample = generate(model, [[1, 2, 3], [4]], 5, generator=torch.Generator().manual_seed(0))
+    assert sample.ids.shape == (2, 5) and torch.isfinite(sample.logps).all()
+
+
+# transformers
+
+
+def transformers_twin(model):
+    """The model of transformers with the same weights."""
+    c = model.config
+    config = (Qwen3Config if c.qk_norm else LlamaConfig)(
+        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn_dim, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings, attention_bias=c.attention_bias,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    twin = (Qwen3ForCausalLM if c.qk_norm else LlamaForCausalLM)(config)
+    twin.load_state_dict(model.state_dict())  # strict: the names are the same, all of them
+    return twin.eval()
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS, dict(rope_theta=500.0), dict(norm_eps=0.1)], ids=str)
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(changes):
+    model = random_model(**changes)
+    twin, ids = transformers_twin(model), random_ids(2, 20)
+    torch.testing.assert_close(model(ids), twin(ids).logits, **CLOSE)
+    mask = torch.arange(20) >= torch.tensor([[0], [6]])
+    torch.testing.assert_close(model(ids, mask=mask)[mask], twin(ids, attention_mask=mask.long(), position_ids=(
+        mask.long().cumsum(1) - 1).clamp(min=0)).logits[mask], **CLOSE)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=True, tie_embeddings=True)], ids=str)
+def test_greedy_generation_equals_that_of_transformers(changes):
+    model, ids = random_model(**changes), random_ids(3, 5)
+    theirs = transformers_twin(model).generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+    assert torch.equal(generate(model, ids, 20, temperature=0).ids, theirs[:, 5:])
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, None), (0.7, 5, None), (1.3, None, 0.8), (0.9, 12, 0.6), (1.0, 1, 0.1)])
+def test_what_is_sampled_from_equals_transformers_warpers(temperature, top_k, top_p):
+    logits = 3 * randn(20, 50)
+    theirs = TemperatureLogitsWarper(temperature)(None, logits)
+    theirs = TopKLogitsWarper(top_k)(None, theirs) if top_k else theirs
+    theirs = TopPLogitsWarper(top_p)(None, theirs) if top_p else theirs
+    torch.testing.assert_close(next_token_logps(logits, temperature, top_k, top_p), theirs.log_softmax(dim=-1))
+
+
+# Generation
+
+
+PROBS = [0.15, 0.5, 0.1, 0.25]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, expected", [
+    (1.0, None, None, PROBS),
+    (1.0, 2, None, [0, 2 / 3, 0, 1 / 3]),
+    (1.0, 1, None, [0, 1, 0, 0]),
+    (1.0, 9, 1.0, PROBS),                            # more than there are: all
+    (1.0, None, 0.7, [0, 2 / 3, 0, 1 / 3]),          # 0.5 is not enough, 0.5 + 0.25 is
+    (1.0, None, 0.8, [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9]),
+    (1.0, None, 1e-9, [0, 1, 0, 0]),                 # the likeliest always stays
+    (1.0, 2, 0.6, [0, 1, 0, 0]),                     # of the two that k leaves, the first holds 2/3: k goes first
+    (0.5, None, None, [p ** 2 / 0.345 for p in PROBS]),  # p^(1/temperature): 0.345 is the sum of the squares
+    (0, None, None, [0, 1, 0, 0]),
+    (1e-42, None, None, [0, 1, 0, 0]),               # logits divided by it would be infinite
+    (1e300, None, None, [0.25] * 4),
+])
+def test_temperature_top_k_and_top_p_by_hand(temperature, top_k, top_p, expected):
+    logps = next_token_logps(torch.tensor([PROBS]).log() + 7, temperature, top_k, top_p)  # + 7: logits have no zero of their own
+    torch.testing.assert_close(logps.exp(), torch.tensor([expected], dtype=torch.float32))
+
+
+def test_of_equal_logits_top_k_keeps_k():
+    assert (next_token_logps(torch.zeros(1, 10), 1.0, 3, None) > -math.inf).sum() == 3
+
+
+def naive_generate(model, prompt, number, temperature, top_k, top_p, generator):
+    """One sequence, computed anew from its beginning for each token."""
+    ids, logps = list(prompt), []
+    for _ in range(number):
+        logp = next_token_logps(model(torch.tensor([ids]))[:, -1], temperature, top_k, top_p)
+        token = torch.multinomial(logp.exp(), 1, generator=generator).item()
+        ids.append(token)
+        logps.append(logp[0, token].item())
+    return ids[len(prompt):], logps
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0, None, None), (1.0, None, None), (0.8, 10, 0.9)])
+@torch.no_grad()
+def test_generation_with_the_cache_equals_computing_everything_anew(temperature, top_k, top_p):
+    model, prompt = random_model(), [3, 1, 4, 1, 5]
+    ids, logps = naive_generate(model, prompt, 30, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    sample = generate(model, [prompt], 30, temperature, top_k, top_p, generator=torch.Generator().manual_seed(0))
+    assert sample.ids[0].tolist() == ids
+    torch.testing.assert_close(sample.logps[0], torch.tensor(logps), **CLOSE)
+
+
+def test_unequal_prompts_in_a_batch_equal_the_single_ones():
+    model, prompts = random_model(), [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    together = generate(model, prompts, 12, temperature=0)
+    for row, prompt in enumerate(prompts):
+        assert together.ids[row].tolist() == generate(model, [prompt], 12, temperature=0).ids[0].tolist(), f"prompt {row}"
+        assert together.ids[row].tolist() == generate(model, torch.tensor([prompt]), 12, temperature=0).ids[0].tolist()
+
+
+@torch.no_grad()
+def test_logps_are_the_models_own_at_temperature_one():
+    """Those of response token t stand at position prompt_len - 1 + t."""
+    model, ids = random_model(), random_ids(3, 6)
+    sample = generate(model, ids, 10, generator=torch.Generator().manual_seed(0))
+    logps = model(torch.cat((ids, sample.ids), dim=1)).log_softmax(dim=-1)[:, 5:-1].gather(-1, sample.ids[..., None])[..., 0]
+    torch.testing.assert_close(sample.logps, logps, **CLOSE)
+    assert (generate(model, ids, 3, temperature=0).logps == 0).all(), "greedy draws from a certainty: ln 1"
+
+
+def test_a_row_ends_at_its_stop_token_which_counts():
+    model, ids = random_model(vocab_size=8), random_ids(16, 3, vocab_size=8)
+    free = generate(model, ids, 20, generator=torch.Generator().manual_seed(0))
+    sample = generate(model, ids, 20, stop_ids=[2, 5], generator=torch.Generator().manual_seed(0))
+    for row in range(16):
+        tokens = free.ids[row].tolist()
+        length = next((t + 1 for t, token in enumerate(tokens) if token in (2, 5)), 20)
+        width = sample.ids.size(1)
+        assert sample.lengths[row] == length
+        assert sample.ids[row].tolist() == (tokens[:length] + [tokens[length - 1]] * 20)[:width]
+        assert torch.equal(sample.logps[row, :length], free.logps[row, :length])
+        assert (sample.logps[row, length:] == 0).all(), "what follows the end was not drawn"
+    assert sample.lengths.min() < sample.lengths.max(), "the rows of this test should end at different times"
+    assert (free.lengths == 20).all()
+
+
+def test_generation_ends_when_all_rows_have():
+    model = random_model()
+    sample = generate(model, [[1], [2]], 20, stop_ids=range(50))
+    assert sample.ids.shape == sample.logps.shape == (2, 1) and sample.lengths.tolist() == [1, 1]
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    """Pearson's chi-square of 20,000 draws has the mean and half the variance of its degrees of freedom; 5 sigma is one in a million."""
+    draws, model = 20_000, random_model(vocab_size=12)
+    sample = generate(model, torch.full((draws, 1), 3), 1, temperature=1.5, top_k=9, generator=torch.Generator().manual_seed(0))
+    expected = draws * next_token_logps(model(torch.tensor([[3]]))[:, -1], 1.5, 9, None).exp()[0]
+    counts = sample.ids[:, 0].bincount(minlength=12)
+    kept = expected > 0
+    assert kept.sum() == 9 and (counts[~kept] == 0).all(), "a token outside of top-k was drawn"
+    chi_square = ((counts - expected).square() / expected)[kept].sum()
+    assert chi_square < 8 + 5 * math.sqrt(2 * 8)
+
+
+def test_the_same_seed_gives_the_same_sample_whatever_the_global_one():
+    model = random_model()
+
+    def sample(seed, global_seed):
+        torch.manual_seed(global_seed)
+        return generate(model, [[1, 2], [3]], 15, generator=torch.Generator().manual_seed(seed)).ids.tolist()
+    assert sample(7, 0) == sample(7, 1) != sample(8, 0)
+
+
+def test_generation_takes_no_gradients_and_leaves_the_model_as_it_was():
+    model = random_model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sample = generate(model, [[1, 2]], 3)
+    assert not sample.logps.requires_grad and torch.is_grad_enabled() and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_can_be_filled_to_its_last_position():
+    assert generate(random_model(), [[1] * 60], 4, temperature=0).ids.shape == (1, 4)
+
+
+@pytest.mark.parametrize("prompt, settings, message", [
+    ([[1] * 60], dict(max_new_tokens=5), "60 prompt tokens and 5 new ones exceed max_seq_len 64"),
+    ([[1], []], {}, "an empty prompt gives nothing to continue"),
+    ([], {}, "an empty prompt gives nothing to continue"),
+    (torch.zeros(1, 0, dtype=torch.long), {}, "an empty prompt gives nothing to continue"),
+    ([[1]], dict(max_new_tokens=0), "max_new_tokens 0 is out of range; it must be at least 1"),
+    ([[1]], dict(temperature=-1.0), r"temperature -1.0 is out of range; 0 is greedy"),
+    ([[1]], dict(temperature=math.nan), "temperature nan is out of range"),
+    ([[1]], dict(temperature=math.inf), "temperature inf is out of range"),
+    ([[1]], dict(top_k=0), "top_k 0 is out of range; it must be at least 1"),
+    ([[1]], dict(top_p=0.0), "top_p 0.0 is out of range; it must be above 0 and at most 1"),
+    ([[1]], dict(top_p=1.5), "top_p 1.5 is out of range"),
+    ([[1]], dict(top_p=math.nan), "top_p nan is out of range"),
+])
+def test_what_cannot_be_generated_is_refused_with_a_reason(prompt, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate(random_model(), prompt, **{"max_new_tokens": 3, **settings})
+
+
+# ModelConfig
+
+
+def test_what_is_not_given_follows_from_the_rest():
+    config = ModelConfig(dim=4096, n_heads=32)
+    assert (config.n_kv_heads, config.head_dim, config.ffn_dim) == (32, 128, 10944)  # 4096 x 8/3 = 10922.7: the next 64
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(dim=100, n_heads=3), "dim 100 is not divisible by n_heads 3"),
+    (dict(n_heads=6, dim=96, n_kv_heads=4), "n_heads 6 is not divisible by n_kv_heads 4"),
+    (dict(n_heads=4, n_kv_heads=8), "n_heads 4 is not divisible by n_kv_heads 8"),
+    (dict(dim=36, n_heads=4), "head width 9 is odd"),
+    (dict(head_dim=7), "head width 7 is odd"),
+    (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling .*yarn.* is not supported"),
+    (dict(n_layers=0), "n_layers 0 is out of range; it must be at least 1"),
+    (dict(n_heads=0), "n_heads 0 is out of range"),
+    (dict(n_kv_heads=0), "n_kv_heads 0 is out of range"),
+    (dict(dim=-64), "dim -64 is out of range"),
+    (dict(vocab_size=0), "vocab_size 0 is out of range"),
+    (dict(max_seq_len=0), "max_seq_len 0 is out of range"),
+    (dict(head_dim=0), "head_dim 0 is out of range"),
+    (dict(ffn_dim=0), "ffn_dim 0 is out of range"),
+    (dict(rope_theta=0.0), "rope_theta 0.0 is out of range; it must be above 0"),
+])
+def test_a_model_that_cannot_be_is_refused_with_a_reason(settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        ModelConfig(**settings)
+    assert "\n" not in str(error.value)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_embeddings=True, qk_norm=True)], ids=str)
+def test_a_tiny_model_learns_one_batch_by_heart(changes):
+    """From ln 50 = 3.9 nats to below 0.1: the first token of each row is given, so every other can be known."""
+    torch.manual_seed(0)
+    model = Transformer(replace(TINY, **changes))
+    ids = random_ids(4, 17)
+    ids[:, 0] = torch.arange(4)  # else two rows might begin alike
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    assert torch.equal(generate(model, ids[:, :1], 16, temperature=0).ids, ids[:, 1:]), "it should recite what it has learned"

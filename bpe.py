@@ -174,7 +174,7 @@ def merge_words(words, word_counts, counts, where, pair, new) -> set[str]:
             counts[now] += word_counts[index]
             where[now].append(index)
             born.add(now)
-    counts[pair] = 0
+    del counts[pair]
     return born
 
 
@@ -183,7 +183,7 @@ def merge_words(words, word_counts, counts, where, pair, new) -> set[str]:
 
 
 WINDOW = 1 << 20  # characters that are cut, or sent to another process, at a time
-HELD_BACK = 8     # pre-tokens at the end of a window that the text behind it may still change
+HELD_BACK = 8     # pre-tokens at the end of a window that the text behind it may still change; in use are 2
 
 
 @functools.lru_cache(maxsize=64)

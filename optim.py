@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Coefficients of p(s) = a s + b s^3 + c s^5, applied in turn to every singular value s in [0.01, 1]. Constant ones, tuned to
-# raise small values fast (Jordan et al. 2024): the results end between 0.7 and 1.2, which serves as well as exactly 1.
+# raise small values fast (Jordan et al. 2024): the results end between 0.68 and 1.14, which serves as well as exactly 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 

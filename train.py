@@ -28,14 +28,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpe import Tokenizer
 from checkpoint import load_state, save_model, save_state
 from config import UserError, open_whole, parse, require, run, show, to_json
-from data import Batches
+from data import IGNORE, Batches
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
 from optim import Muon
 from parallel import Env, parallelize, reduce_gradients, setup
@@ -121,9 +120,50 @@ def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[T
     batch: inputs (B, T) and targets (B, T), the inputs shifted by one.
     """
     inputs, targets = batch
-    logits = model(inputs).float()  # (B, T, V)
-    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return loss_sum, (targets != -100).sum()
+    hidden = model.model(inputs).flatten(0, 1)  # (B, T, C) -> (B T, C)
+    loss_sum = LinearCrossEntropy.apply(hidden, model.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+    return loss_sum, (targets != IGNORE).sum()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") without ever holding all logits.
+
+    At V = 4,096 the logits of a batch are far larger than all else, and writing and reading them back takes longer than
+    computing them. Here a few rows' logits are turned into their loss and their gradient, softmax - onehot, while they lie in
+    the cache; what is kept for the backward pass is the gradient of the inputs. Equal to the plain form but for rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+        """hidden (N, C), weight (V, C), targets (N,), -100 where there is none -> the sum of losses in nats, float32."""
+        rows = max(1, (2 ** 27 if hidden.is_cuda else 2 ** 21) // len(weight))  # 8 MB of float32: about what a CPU's cache holds
+        half = torch.is_autocast_enabled(hidden.device.type) and torch.get_autocast_dtype(hidden.device.type) == torch.float16
+        loss_sum = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for part, part_grad, target in zip(hidden.split(rows), hidden_grad.split(rows), targets.split(rows)):
+            logits = part @ weight.T  # (rows, C) x (C, V) -> (rows, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            valid, target = (target != IGNORE)[:, None], target.clamp(min=0)[:, None]  # (rows, 1)
+            top = logits.amax(dim=1, keepdim=True)
+            of_target = logits.gather(1, target)
+            total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+            loss_sum += ((top + total.log() - of_target) * valid).sum()
+            if with_gradient:
+                scale = torch.where(valid, 1 / total, 0.0)
+                grad = logits.mul_(scale).scatter_add_(1, target, -valid.to(logits.dtype))  # softmax - onehot, 0 where no target is
+                with torch.autocast(hidden.device.type, enabled=False) if half else contextlib.nullcontext():
+                    # (fp16 would lose the small probabilities here: the loss scale only comes with the backward pass)
+                    grad = grad.to(weight.dtype)
+                    part_grad.copy_(grad @ weight)
+                    weight_grad += grad.T @ part
+        if with_gradient:
+            ctx.save_for_backward(hidden_grad, weight_grad)
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * scale, weight_grad * scale, None, None
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -214,12 +254,12 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
 # The loop
 
 
-def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, identity=None) -> dict:
+def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, text=None) -> dict:
     """Train `model` in place for settings.steps updates and save it to settings.out; returns the last line of the log.
 
     batches: `.at(step)` gives a micro-batch; accumulation takes several. loss_fn(model, batch) -> (loss_sum, count).
-    validation: batches for `evaluate`. identity: what makes this run this run (default: the settings); a state in settings.out
-    whose identity differs is refused, an equal one is continued.
+    validation: batches for `evaluate`. text: what else must be equal for a state in settings.out to be continued, beside the
+    settings that are not FREE; a state of another run is refused.
     """
     env = env or setup(settings)
     folder = Path(settings.out)
@@ -227,8 +267,9 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(env.device.type) if env.precision == "fp16" else None
     accumulate = micro_batches_a_step(settings, env)
-    start = load(folder, model, optimizer, scaler, identity or asdict(settings))
-    log = Log(folder, start, env)
+    identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | (text or {})
+    start = load(folder, model, optimizer, scaler, identity, env)
+    log = Log(folder, start, settings, env)
     progress = tqdm(range(start, settings.steps), desc="train", initial=start, total=settings.steps, unit="step",
                     disable=env.rank > 0, dynamic_ncols=True, smoothing=0.05)
     with stop_signals() as stop:
@@ -246,7 +287,7 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
                 line |= {"val_loss_nats_per_token": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
             log.write(line)
             if last or stopping or (step + 1) % settings.save_every == 0:
-                save(folder, step + 1, model, optimizer, scaler, identity or asdict(settings), log, env)
+                save(folder, step + 1, model, optimizer, scaler, identity, log, env)
             if stopping and not last:
                 stop.exit(f"stopped after step {step + 1} of {settings.steps}; the same command goes on from there", env)
     if env.rank == 0:
@@ -285,9 +326,9 @@ def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log,
 
 
 @torch.no_grad()
-def load(folder: Path, model, optimizer, scaler, identity: dict) -> int:
+def load(folder: Path, model, optimizer, scaler, identity: dict, env) -> int:
     """Put the newest whole state in `folder` into model and optimizer; returns the steps done, 0 where there is no state."""
-    state = load_state(folder / "state")
+    state = load_state(folder / "state", say=env.say)
     if state is None:
         return 0
     step, tensors, extra = state
@@ -319,7 +360,7 @@ def check_identity(folder: Path, found: dict, wanted: dict):
 class Log:
     """log.jsonl: one line a step, without gap or repeat. Lines after the state we continue from are taken back first."""
 
-    def __init__(self, folder: Path, steps_done: int, env: Env):
+    def __init__(self, folder: Path, steps_done: int, settings, env: Env):
         self.path, self.file, self.last = folder / "log.jsonl", None, None
         if env.rank > 0:
             return
@@ -331,6 +372,8 @@ class Log:
                         kept.append(text)
         self.last = json.loads(kept[-1]) if kept else None
         folder.mkdir(parents=True, exist_ok=True)
+        with open_whole(folder / "settings.json", "w") as file:
+            file.write(to_json(settings))
         with open_whole(self.path, "w") as file:
             file.writelines(text + "\n" for text in kept)
         self.file = open(self.path, "a", encoding="utf-8", newline="\n")
@@ -486,12 +529,8 @@ def main():
             f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
     if settings.bigram_steps and not goes_on and env.rank == 0:
         bigram_start(model, batches.data, settings.bigram_steps)
-    identity = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    identity |= {"vocab_size": tokenizer.vocab_size, "text": batches.meta["train"]["sha256"]}
-    if env.rank == 0:
-        with open_whole(Path(settings.out) / "settings.json", "w") as file:
-            file.write(to_json(settings))
-    last = train(model, batches, next_token_loss, settings, env, tokenizer, validation, identity)
+    text = {"vocab_size": tokenizer.vocab_size, "text": batches.meta["train"]["sha256"]}
+    last = train(model, batches, next_token_loss, settings, env, tokenizer, validation, text)
     if env.rank == 0:
         report(model, tokenizer, settings, last, batches.meta)
     if env.world_size > 1:

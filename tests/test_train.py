@@ -133,6 +133,21 @@ def test_the_loss_is_a_sum_over_the_targets_that_count_and_their_number():
     assert loss_sum.item() == pytest.approx(by_hand.item(), rel=1e-5), "float32 sums in another order"
 
 
+@pytest.mark.parametrize("rows, vocab_size", [(1, 7), (50, 33), (700, 4096)])  # the last in several parts, the end a ragged one
+def test_the_loss_that_holds_no_logits_equals_the_plain_one_and_so_do_its_gradients(rows, vocab_size):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab_size, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(vocab_size, (rows,), generator=generator)
+    targets[rows // 3:rows // 2] = -100
+    plain = F.cross_entropy((hidden @ weight.T), targets, ignore_index=-100, reduction="sum")
+    ours = train.LinearCrossEntropy.apply(hidden, weight, targets, True)
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-12)
+    expected = torch.autograd.grad(plain * 3, (hidden, weight))
+    for gradient, right in zip(torch.autograd.grad(ours * 3, (hidden, weight)), expected):
+        torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-12)  # float64
+
+
 def test_a_micro_batch_without_any_target_adds_exactly_nothing():
     model, (inputs, targets) = small_model(), random_batch(2)
     loss_sum, count = train.next_token_loss(model, (inputs, torch.full_like(targets, -100)))

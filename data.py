@@ -435,15 +435,19 @@ class Batches:
     every token but the first is a target exactly once. The last window is filled up with end-of-text, its
     targets with -100. The file is mapped, not read: it may be larger than memory.
 
+    stride: how far apart windows begin, default T. With less they overlap, and what an earlier window has had as
+    a target is -100 in the next: every token is still a target once, but after at least T - stride others.
+
     Attributes: windows, tokens, text_bytes (UTF-8 of the split's documents), meta, and steps: how many calls
     of in_order cover the split. Raises UserError if the shard is missing, too short, or not what meta.json
     says; verify=False leaves out the checksum, which reads the whole file.
     """
 
     def __init__(self, folder: str | Path, split: str, batch_size: int, seq_len: int, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, verify: bool = True):
+                 rank: int = 0, world_size: int = 1, verify: bool = True, stride: int | None = None):
         from torch import from_numpy  # here, not above: worker processes that import this file need no torch
-        assert split in SPLITS and 0 <= rank < world_size and batch_size >= 1 and seq_len >= 1
+        self.stride = seq_len if stride is None else stride
+        assert split in SPLITS and 0 <= rank < world_size and batch_size >= 1 and 1 <= self.stride <= seq_len
         self._from_numpy = from_numpy
         self.meta, self.data = open_shard(Path(folder), split, verify)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
@@ -453,7 +457,7 @@ class Batches:
         if self.tokens < needed:
             raise UserError(f"{folder}/{split}.bin has {self.tokens:,} tokens, --seq_len {seq_len} needs "
                             f"{needed:,}; give data.py more text, or pass a smaller --seq_len")
-        self.windows = -(-(self.tokens - 1) // seq_len)  # rounded up
+        self.windows = 1 + max(0, -(-(self.tokens - 1 - seq_len) // self.stride))  # rounded up
         self.steps = -(-self.windows // (batch_size * world_size))
         self._epoch, self._order = None, None
 
@@ -485,11 +489,13 @@ class Batches:
         inputs = np.full((self.batch_size, self.seq_len), self.meta["end_of_text"], dtype=np.int64)  # (B, T)
         targets = np.full_like(inputs, IGNORE)                                                       # (B, T)
         for row, window in enumerate(windows):
-            start = int(window) * self.seq_len
+            start = int(window) * self.stride
             tokens = self.data[start:start + self.seq_len + 1]  # the window and one more, if there is one
             length = max(len(tokens) - 1, 0)
             inputs[row, :length] = tokens[:length]
             targets[row, :length] = tokens[1:]
+            if window > 0:
+                targets[row, :self.seq_len - self.stride] = IGNORE
         return self._from_numpy(inputs), self._from_numpy(targets)
 
 

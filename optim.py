@@ -1,18 +1,21 @@
-"""Muon: each weight matrix is moved by an orthogonal matrix, its momentum with all singular values set to (about) one.
+"""Muon: each weight matrix is moved by an orthogonal matrix, its momentum with all singular values set to
+(about) one.
 
-A matrix's gradient is dominated by a few directions; AdamW, which sees single numbers, leaves it so. Muon (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon) moves all directions equally: U Vᵀ of the momentum U S Vᵀ. The product is found
-without a decomposition, by a few matrix products (Newton-Schulz). Only matrices inside the blocks profit; embeddings, head and
-norms stay with AdamW, which `Muon` calls for them.
+A matrix's gradient is dominated by a few directions; AdamW, which sees single numbers, leaves it so. Muon
+(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves all directions equally: U Vᵀ of the
+momentum U S Vᵀ. The product is found without a decomposition, by a few matrix products (Newton-Schulz). Only
+matrices inside the blocks profit; embeddings, head and norms stay with AdamW, which `Muon` calls for them.
 
-What it buys here stands in LOG.md. Unlike torch.optim.Muon: float32 instead of bfloat16, in which a CPU without bfloat16
-instructions is a hundred times slower; matrices of one shape are treated as one batch; one object serves all parameters.
+What it buys here stands in LOG.md. Unlike torch.optim.Muon: float32 instead of bfloat16, in which a CPU
+without bfloat16 instructions is a hundred times slower; matrices of one shape are treated as one batch; one
+object serves all parameters.
 """
 import torch
 from torch import Tensor
 
-# Coefficients of p(s) = a s + b s^3 + c s^5, applied in turn to every singular value s in [0.01, 1]. Constant ones, tuned to
-# raise small values fast (Jordan et al. 2024): the results end between 0.68 and 1.14, which serves as well as exactly 1.
+# Coefficients of p(s) = a s + b s^3 + c s^5, applied in turn to every singular value s in [0.01, 1]. Constant
+# ones, tuned to raise small values fast (Jordan et al. 2024): the results end between 0.68 and 1.14, which
+# serves as well as exactly 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -31,9 +34,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for the parameter groups with `muon=True`, torch's AdamW for the others.
 
-    groups: dicts of params, muon (bool), lr, weight_decay; for the AdamW groups also betas and eps. momentum: decay of the
-    running mean of gradients; Nesterov's form is used. A matrix moves by lr * sqrt(max(1, rows / columns)) * U Vᵀ, so that a
-    unit input changes its output by about lr whatever the shape.
+    groups: dicts of params, muon (bool), lr, weight_decay; for the AdamW groups also betas and eps. momentum:
+    decay of the running mean of gradients; Nesterov's form is used. A matrix moves by lr * sqrt(max(1, rows /
+    columns)) * U Vᵀ, so that a unit input changes its output by about lr whatever the shape.
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95):

@@ -3,7 +3,8 @@
     python sample.py --prompt "def read("                         # from runs/base, to the terminal as it comes
     python sample.py --model runs/base --num_samples 3 --temperature 0
 
-The same seed gives the same text. A character whose bytes are not complete yet is held back, so nothing broken is printed.
+The same seed gives the same text. A character whose bytes are not complete yet is held back, so nothing
+broken is printed.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass

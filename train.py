@@ -2,16 +2,18 @@
 
     torchrun train.py                             # or: python train.py; more processes: torchrun --nproc-per-node 2 train.py
 
-takes Python's own standard library as text (data.py), trains a small model from nothing and prints its bits per byte on modules
-it has not seen, beside what xz and gzip need for the same bytes. README.md says what to expect, and in what time.
+takes Python's own standard library as text (data.py), trains a small model from nothing and prints its bits
+per byte on modules it has not seen, beside what xz and gzip need for the same bytes. README.md says what to
+expect, and in what time.
 
-The loop is plain functions that every later stage calls, in this order: `setup` the machine, `parallelize` the model,
-`make_optimizer`, then `train`: for each step the `learning_rate`, an `update`, the log, now and then `evaluate` and `save`.
-A stage differs by its batches and its loss, `loss_fn(model, batch) -> (loss_sum, count)`: a sum over tokens (or pairs), and how
-many. The mean is taken over all micro-batches and all processes at once, so neither changes what is learnt.
+The loop is plain functions that every later stage calls, in this order: `setup` the machine, `parallelize`
+the model, `make_optimizer`, then `train`: for each step the `learning_rate`, an `update`, the log, now and
+then `evaluate` and `save`. A stage differs by its batches and its loss, `loss_fn(model, batch) -> (loss_sum,
+count)`: a sum over tokens (or pairs), and how many. The mean is taken over all micro-batches and all
+processes at once, so neither changes what is learnt.
 
-Stopped by Ctrl-C, SIGTERM or kill -9, the same command goes on from the last state and ends with the same bytes: batches and
-randomness are functions of (seed, step) alone.
+Stopped by Ctrl-C, SIGTERM or kill -9, the same command goes on from the last state and ends with the same
+bytes: batches and randomness are functions of (seed, step) alone.
 """
 import contextlib
 import json
@@ -80,12 +82,13 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float = 1.0  # bound of the global gradient norm; 0: none
-    bigram_steps: int = 0  # fit embedding and head to the corpus's counted bigrams first: minutes of training in seconds
+    bigram_steps: int | None = None  # steps that fit embedding and head to the corpus's counted bigrams first; 0: none
     seed: int = 0
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights and moments stay fp32
     compile: bool | None = None  # torch.compile; none: where a compiler is found and the run is long enough to repay it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    eval_stride: int | None = None  # tokens between evaluated windows; none: half of seq_len, so each has context
     eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
     save_every: int = 200  # steps between states; the last two are kept
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")  # continued once training is done
@@ -95,10 +98,13 @@ class Settings:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.max_seq_len = self.max_seq_len or self.seq_len
+        self.bigram_steps = self.bigram_steps or 0
+        self.eval_stride = self.eval_stride or max(1, self.seq_len // 2)
         at_least_one = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "seq_len", "batch_size", "micro_batch_size", "steps",
                         "save_every")
         require(self, **{name: (1, None) for name in at_least_one}, warmup_steps=(0, None), decay_share=(0, 1),
-                weight_decay=(0, 10), betas=(0, 1), clip=(0, None), lr=(0, 10), adam_lr=(0, 10), eval_every=(0, None),
+                weight_decay=(0, 10), betas=(0, 1), clip=(0, None), lr=(0, 10), adam_lr=(0, 10),
+                eval_every=(0, None), eval_stride=(1, self.seq_len),
                 bigram_steps=(0, None), seed=(0, 2 ** 63 - 1))
         if self.seq_len > self.max_seq_len:
             raise UserError(f"seq_len {self.seq_len} exceeds max_seq_len {self.max_seq_len} of this model; "
@@ -110,12 +116,13 @@ FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "
         "sample_prompts"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is learnt
 
 
 def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of -log p(target | what stands before it) in nats over the targets that are not -100, and how many these are.
+    """Sum of -log p(target | what stands before it) in nats over the targets that are not -100, and how many
+    these are.
 
     batch: inputs (B, T) and targets (B, T), the inputs shifted by one.
     """
@@ -128,9 +135,10 @@ def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[T
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") without ever holding all logits.
 
-    At V = 4,096 the logits of a batch are far larger than all else, and writing and reading them back takes longer than
-    computing them. Here a few rows' logits are turned into their loss and their gradient, softmax - onehot, while they lie in
-    the cache; what is kept for the backward pass is the gradient of the inputs. Equal to the plain form but for rounding.
+    At V = 4,096 the logits of a batch are far larger than all else, and writing and reading them back takes
+    longer than computing them. Here a few rows' logits are turned into their loss and their gradient, softmax
+    - onehot, while they lie in the cache; what is kept for the backward pass is the gradient of the inputs.
+    Equal to the plain form but for rounding.
     """
 
     @staticmethod
@@ -152,7 +160,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 scale = torch.where(valid, 1 / total, 0.0)
                 grad = logits.mul_(scale).scatter_add_(1, target, -valid.to(logits.dtype))  # softmax - onehot, 0 where no target is
                 with torch.autocast(hidden.device.type, enabled=False) if half else contextlib.nullcontext():
-                    # (fp16 would lose the small probabilities here: the loss scale only comes with the backward pass)
+                    # (fp16 would lose the small probabilities here: the loss scale only comes with the
+                    # backward pass)
                     grad = grad.to(weight.dtype)
                     part_grad.copy_(grad @ weight)
                     weight_grad += grad.T @ part
@@ -195,10 +204,11 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
 def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, scaler=None) -> dict:
     """One step over all micro-batches of all processes: returns {"loss", "targets", "grad_norm", "skipped"}.
 
-    Gradients of the sums are added up, over micro-batches and then over processes, and divided once by the count of all
-    targets: the gradient of the mean, however the targets are spread. loss is in nats a target; grad_norm is the global
-    norm before clipping. With a `scaler` (fp16) a step whose gradients overflow is skipped, on every process alike.
-    Raises UserError where loss or gradient is not finite, before a weight is touched.
+    Gradients of the sums are added up, over micro-batches and then over processes, and divided once by the
+    count of all
+    targets: the gradient of the mean, however the targets are spread. loss is in nats a target; grad_norm is
+    the global norm before clipping. With a `scaler` (fp16) a step whose gradients overflow is skipped, on
+    every process alike. Raises UserError where loss or gradient is not finite, before a weight is touched.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=env.scalar_device)
     count = torch.zeros_like(loss_sum)
@@ -233,10 +243,11 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
 
 @torch.no_grad()
 def evaluate(model, batches: Batches, loss_fn, env) -> dict:
-    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens"}, equal on every process.
+    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens"}, equal
+    on every process.
 
-    Bits per byte: total loss in bits over the bytes of the text, so that tokenizers can be compared. It charges the model for
-    the end-of-text tokens too, and the first token of each window is predicted from one token alone.
+    Bits per byte: the total loss in bits over the bytes of the text, so that tokenizers can be compared. It charges
+    the model for end-of-text tokens too. Windows overlap where `batches` has a stride.
     """
     was_training = model.training
     model.eval()
@@ -250,16 +261,18 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
     return {"loss": loss_sum / count, "bits_per_byte": loss_sum / math.log(2) / batches.text_bytes, "tokens": int(count)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
 def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, text=None) -> dict:
-    """Train `model` in place for settings.steps updates and save it to settings.out; returns the last line of the log.
+    """Train `model` in place for settings.steps updates and save it to settings.out; returns the last line of
+    the log.
 
-    batches: `.at(step)` gives a micro-batch; accumulation takes several. loss_fn(model, batch) -> (loss_sum, count).
-    validation: batches for `evaluate`. text: what else must be equal for a state in settings.out to be continued, beside the
-    settings that are not FREE; a state of another run is refused.
+    batches: `.at(step)` gives a micro-batch; accumulation takes several. loss_fn(model, batch) -> (loss_sum,
+    count).
+    validation: batches for `evaluate`. text: what else must be equal for a state in settings.out to be
+    continued, beside the settings that are not FREE; a state of another run is refused.
     """
     env = env or setup(settings)
     folder = Path(settings.out)
@@ -353,7 +366,7 @@ def check_identity(folder: Path, found: dict, wanted: dict):
                             f"settings, choose another --out, or pass --overwrite to delete it")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is seen of it
 
 
@@ -439,16 +452,18 @@ class stop_signals:
         raise SystemExit(128 + (self.signal or signal.SIGTERM))  # what a shell reports for a program ended by this signal
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The main job
 
 
-def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.03):
+def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
     """Fit embedding and head to the counted bigrams of the whole corpus, before training.
 
-    A new model's blocks are the identity, so all it is is p(next | current) = softmax(head(norm(embedding(current)))): a table of
-    bigrams, factorised. Training learns that table first, one token at a time. But the loss over a whole corpus depends on it
-    only through how often b follows a: sum_ab count(a, b) log p(b | a). One step here sees all tokens at the price of V.
+    A new model's blocks are the identity, so all it is is p(next | current) =
+    softmax(head(norm(embedding(current)))): a table of bigrams, factorised. Training learns that table first,
+    one token at a time. But the loss over a whole corpus depends on it
+    only through how often b follows a: sum_ab count(a, b) log p(b | a). One step here sees all tokens at the
+    price of V.
     tokens: 1-D array of ids. Takes V^2 floats of memory. Adam with a linear decay; head from zero.
     """
     V = model.config.vocab_size
@@ -458,13 +473,14 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.03):
         counts += torch.bincount(chunk[:-1] * V + chunk[1:], minlength=V * V)
     counts = counts.view(V, V)
     embedding, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
-    optimizer = torch.optim.Adam([embedding, head], lr=lr, betas=(0.9, 0.95), fused=True)
+    tables = list(dict.fromkeys((embedding, head)))  # one, where they are tied
+    optimizer = torch.optim.Adam(tables, lr=lr, betas=(0.9, 0.95), fused=True)
     progress = tqdm(range(steps), desc="bigrams", unit="step", leave=False)
     for step in progress:
         total = 0.0
         for rows in torch.arange(V).split(512):  # never all V x V logits at once
             logits = norm(embedding[rows]) @ head.T  # (512, C) x (C, V) -> (512, V)
-            nats = counts[rows].sum(dim=1) @ logits.logsumexp(dim=1) - (counts[rows] * logits).sum()
+            nats = counts[rows].sum(dim=1) @ logits.logsumexp(dim=1) - counts[rows].flatten() @ logits.flatten()
             (nats / (len(tokens) - 1)).backward()
             total += nats.item() / (len(tokens) - 1)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -516,7 +532,7 @@ def main():
     micro = settings.batch_size // env.world_size // micro_batches_a_step(settings, env)
     place = {"rank": env.rank, "world_size": env.world_size, "verify": env.rank == 0}
     batches = Batches(settings.data, "train", micro, settings.seq_len, settings.seed, **place)
-    validation = Batches(settings.data, "val", micro, settings.seq_len, **place)
+    validation = Batches(settings.data, "val", micro, settings.seq_len, stride=settings.eval_stride, **place)
     tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
         raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside it; run data.py again")

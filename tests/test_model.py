@@ -288,10 +288,17 @@ def test_a_padded_batch_equals_the_single_sequences(side):
         ids[row, place], mask[row, place] = sequence, True
     logits = model(ids, mask=mask)
     assert torch.isfinite(logits).all(), "a padding token that may look at nothing gave NaN"
-    for row, sequence in enumerate(sequences):  # if this fails: do positions count the real tokens only?
+    for row, sequence in enumerate(sequences):
         assert_close(logits[row, mask[row]], model(sequence[None])[0], **CLOSE)
     other = model(torch.where(mask, ids, 7), mask=mask)
     assert torch.equal(logits[mask], other[mask]), "the id under the padding leaked"
+
+
+def test_padding_takes_no_position():
+    """At the sides this would not show, as distances are what counts: so here it lies in between."""
+    model, mask = random_model(), torch.tensor([[True, True, False, False, False, True, True, True]])
+    ids = random_ids(1, 8)
+    assert_close(model(ids, mask=mask)[mask], model(ids[mask][None])[0], **CLOSE)
 
 
 def test_gradients_of_a_padded_batch_are_finite_and_do_not_reach_the_padding():
@@ -350,7 +357,7 @@ def initial_loss(config):
 
 
 def test_the_loss_starts_at_the_logarithm_of_the_vocabulary():
-    assert abs(initial_loss(TINY) - math.log(50)) < 1e-6  # rounding: the head is zero, so all are equally likely
+    assert abs(initial_loss(TINY) - math.log(50)) < 1e-6  # rounding: with a zero head all are equally likely
 
 
 @pytest.mark.parametrize("dim", [32, 256, 1024])
@@ -402,8 +409,8 @@ def test_llama_7b_has_6738415616_parameters():
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_estimate_flops_equals_torchs_count(changes):
-    """Exactly. The counter sees every matrix product of forward and backward, and with the plain attention kernel
-    all T x T pairs of positions. The estimate takes the causal half, T // 2 a token: the rest is added here.
+    """Exactly. The counter sees every matrix product of forward and backward; with the plain attention kernel, all
+    T x T pairs of positions. The estimate takes the causal half, T // 2 a token: the rest is added here.
     """
     model, T, B = random_model(**changes), 16, 2
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -1,6 +1,6 @@
 """sample.py as its user meets it: a folder, a prompt, text as it comes, one line for each mistake.
 
-Two models: one with random weights; and a parrot, whose every token has one successor, so we know what it must say.
+Two models: one with random weights; and a parrot, whose every token has one successor, so one knows what it says.
 """
 import io
 import json
@@ -185,11 +185,12 @@ def test_generation_stops_at_each_end_token_that_the_folder_names(run, parrot, t
     assert run("--model", model, "--temperature", 0, "--prompt", "é") == (0, "é\n", "")
 
 
-def test_a_prompt_that_spells_the_end_of_text_is_ordinary_text(monkeypatch, run, parrot):
+def test_no_prompt_is_the_end_of_text_token_but_a_prompt_that_spells_it_is_ordinary_text(monkeypatch, run, parrot):
     prompts = []
     monkeypatch.setattr(sample, "new_ids", lambda model, prompt, *rest: prompts.append(prompt) or iter([]))
+    assert run("--model", parrot) == (0, "\n", "")
     assert run("--model", parrot, "--prompt", "<|endoftext|>") == (0, "<|endoftext|>\n", "")
-    assert prompts == [list(b"<|endoftext|>")]
+    assert prompts == [[256], list(b"<|endoftext|>")]
 
 
 # As it comes

@@ -1,13 +1,15 @@
 """The LLaMA-style decoder: tokens in, logits for the next token out.
 
-    ids (B, T) -> embedding -> n_layers x [ x += attention(norm(x));  x += mlp(norm(x)) ] -> norm -> head -> (B, T, V)
+    ids (B, T) -> embedding -> n_layers x [ x += attention(norm(x));  x += mlp(norm(x)) ] -> norm -> head ->
+    (B, T, V)
 
-"Attention is all you need" (Vaswani et al. 2017) with the five changes that LLaMA (Touvron et al. 2023) settled on: RMSNorm
-before each part, rotary positions, SwiGLU, no biases, and (since Llama 2) grouped key/value heads. With `qk_norm` it is Qwen3's.
-Parameters carry the names Hugging Face gives them, so a saved model opens there and theirs open here, with no conversion.
+"Attention is all you need" (Vaswani et al. 2017) with the five changes that LLaMA (Touvron et al. 2023)
+settled on: RMSNorm before each part, rotary positions, SwiGLU, no biases, and (since Llama 2) grouped
+key/value heads. With `qk_norm` it is Qwen3's. Parameters carry the names Hugging Face gives them, so a saved
+model opens there and theirs open here, with no conversion.
 
-Letters in shape comments: B batch, T time (queries), S time (keys), C width, H query heads, K key/value heads, D head width,
-V vocabulary, R response length.
+Letters in shape comments: B batch, T time (queries), S time (keys), C width, H query heads, K key/value
+heads, D head width, V vocabulary, R response length.
 
     >>> model = Transformer(ModelConfig(vocab_size=1000, dim=64, n_layers=2, n_heads=4))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -26,13 +28,13 @@ from config import UserError
 
 @dataclass
 class ModelConfig:
-    """What a model is. The defaults are the small model of the main job; sizes of others: PRESETS in train.py."""
+    """What a model is. The defaults are a small one; sizes of others: PRESETS in train.py."""
     vocab_size: int = 4096
     dim: int = 256  # C, the width of the residual stream
     n_layers: int = 6
     n_heads: int = 4  # H
-    n_kv_heads: int | None = None  # K; None: as many as query heads. Fewer: a smaller cache (Ainslie et al. 2023)
-    ffn_dim: int | None = None  # None: 8/3 of dim, rounded up to a multiple of 64 (SwiGLU has three matrices, not two)
+    n_kv_heads: int | None = None  # K; None: H; fewer make the cache smaller (Ainslie et al. 2023)
+    ffn_dim: int | None = None  # None: 8/3 of dim, in steps of 64 (SwiGLU has three matrices, not two)
     max_seq_len: int = 1024  # the longest context; training windows and generation stay within it
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     rope_scaling: dict | None = None  # none yet
@@ -45,28 +47,32 @@ class ModelConfig:
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "head_dim"):
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len",
+                     "head_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range; it must be at least 1")
         if not 0 < self.rope_theta < math.inf:
-            raise UserError(f"rope_theta {self.rope_theta} is out of range; it must be above 0, and is 10000 in most models")
+            raise UserError(f"rope_theta {self.rope_theta} is out of range; it must be above 0")
         if self.head_dim is None:
             if self.dim % self.n_heads:
-                raise UserError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}; choose a multiple of the heads")
+                raise UserError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}; "
+                                f"choose a multiple of the heads")
             self.head_dim = self.dim // self.n_heads
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; "
                             f"each key/value head serves an equal group of query heads")
         if self.head_dim % 2:
-            raise UserError(f"head width {self.head_dim} is odd; rotary positions turn pairs: choose another dim or n_heads")
+            raise UserError(f"head width {self.head_dim} is odd; rotary positions turn pairs: "
+                            f"choose another dim or n_heads")
         if self.rope_scaling is not None:
-            raise UserError(f"rope_scaling {self.rope_scaling} is not supported; only plain rotary positions are")
+            raise UserError(f"rope_scaling {self.rope_scaling} is not supported; "
+                            f"only plain rotary positions are")
         if self.ffn_dim is None:
             self.ffn_dim = 64 * math.ceil(self.dim * 8 / 3 / 64)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension (Zhang & Sennrich 2019, Eq. 4). Statistics in float32 whatever x is."""
+    """x / rms(x) * weight, over the last dimension (Zhang & Sennrich 2019, Eq. 4); statistics in float32."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -85,31 +91,33 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     float32 throughout: in bfloat16 the positions beyond 256 would already be rounded.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim  # (D/2,)
-    frequencies = 1.0 / theta ** exponents  # not theta ** -exponents: Hugging Face's bits, which count at position 30,000
+    frequencies = 1.0 / theta ** exponents  # theta ** -exponents has other last bits, which show at position 30,000
     angles = positions[..., None].float() * frequencies  # (..., T, D/2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D) with each pair (x[i], x[i + D/2]) turned by its angle, so that q·k depends on i - j only.
+    """x (B, H, T, D) with each pair (x[i], x[i + D/2]) turned by its angle, so that q·k depends on i - j
+    only.
 
-    Halves are paired, as in Hugging Face, and not neighbours, as in the paper: the same up to a permutation of D,
-    and with this choice weights pass in and out unpermuted.
+    Halves are paired, as in Hugging Face, and not neighbours, as in the paper: the same up to a permutation
+    of D, and with this choice weights pass in and out unpermuted.
     """
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v, written out (Vaswani et al. 2017, Eq. 1): the reference for the fused kernel used below.
+    """softmax(q kᵀ / sqrt(D)) v, written out (Vaswani et al. 2017, Eq. 1): the reference for the fused kernel
+    used below.
 
     q: (B, H, T, D). k, v: (B, K, S, D); head h of the queries reads key/value head h // (H / K).
     mask: bool, broadcastable to (B, H, T, S), True where a query may look at a key; None: everywhere.
     Returns (B, H, T, D). A query that may look at nothing gets zeros, not NaN.
     """
     groups = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, K, S, D) -> (B, H, S, D)
-    scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, K, S, D) -> (B, H, S, D)
+    scores = q.float() @ k.float().mT / math.sqrt(q.size(-1))  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(dim=-1)
@@ -122,7 +130,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        heads, kv_heads, bias = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.attention_bias
+        heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        bias = config.attention_bias
         self.q_proj = nn.Linear(config.dim, heads, bias=bias)
         self.k_proj = nn.Linear(config.dim, kv_heads, bias=bias)
         self.v_proj = nn.Linear(config.dim, kv_heads, bias=bias)
@@ -130,7 +139,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: "LayerCache | None") -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+                cache: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, K, T, D)
@@ -138,7 +148,8 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), S = all positions so far
-        # the kernel's causal form aligns the mask to the upper left, so it is right only where T == S: see Decoder.forward
+        # the kernel's causal form aligns the mask to the upper left, so it is right only where T == S: see
+        # Decoder.forward
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                              enable_gqa=k.size(1) != q.size(1))
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, C)
@@ -171,7 +182,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the head: ids (B, T) -> hidden states (B, T, C). Other heads (a reward model's) stand on it too."""
+    """All but the head: ids (B, T) -> hidden states (B, T, C). Other heads stand on it too (a reward model's)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -184,7 +195,8 @@ class Decoder(nn.Module):
                 cache: "KVCache | None" = None) -> Tensor:
         T, past = ids.size(1), cache.length if cache is not None else 0
         if past + T > self.config.max_seq_len:
-            raise UserError(f"{past + T} tokens exceed max_seq_len {self.config.max_seq_len} of this model; shorten the text")
+            raise UserError(f"{past + T} tokens exceed max_seq_len {self.config.max_seq_len} of this model; "
+                            f"shorten the text")
         if positions is None:
             positions = torch.arange(past, past + T, device=ids.device)[None]  # (1, T)
             if mask is not None and mask.dim() == 2:  # padding has no position: count the real tokens
@@ -212,9 +224,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None):
-        """Normal with std 1/sqrt(C) for what reads the stream; what writes to it starts at zero, so each block starts as the
-        identity, as does the head, so the loss starts at ln V exactly. A tied head reads back the token that was put in: its
-        logit is std C, kept at 4 or less, so that the loss starts within a few % of ln V.
+        """Normal with std 1/sqrt(C) for what reads the stream; what writes to it starts at zero, so each
+        block starts as the identity, as does the head, so the loss starts at ln V exactly. A tied head reads
+        back the token that was put in: its logit is std C, kept at 4 or less, so that the loss starts within
+        a few % of ln V.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:  # norms and biases
@@ -222,7 +235,8 @@ class Transformer(nn.Module):
             elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
                 parameter.zero_()
             elif name.endswith("embed_tokens.weight"):
-                parameter.normal_(std=min(0.02, 4 / self.config.dim) if self.config.tie_embeddings else 1.0, generator=generator)
+                std = min(0.02, 4 / self.config.dim) if self.config.tie_embeddings else 1.0
+                parameter.normal_(std=std, generator=generator)
             else:
                 parameter.normal_(std=self.config.dim ** -0.5, generator=generator)
 
@@ -230,17 +244,18 @@ class Transformer(nn.Module):
                 cache: "KVCache | None" = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T).
 
-        positions: (B, T) or (1, T) integers; default: counted from the start, or from the cache's end, or over `mask`.
+        positions: (B, T) or (1, T) integers; default: counted from the start, or from the cache's end, or
+        over `mask`.
         mask: None: causal. (B, S) bool: True on real tokens, False on padding at either side; causal too.
-              (B, T, S) bool: True where a query may look at a key, taken as it is (document masks and the like).
-              S counts the cache's positions and these T.
+              (B, T, S) bool: True where a query may look at a key, taken as it is (document masks and the
+              like). S counts the cache's positions and these T.
         cache: a KVCache, extended in place by these T tokens.
         """
         return self.lm_head(self.model(ids, positions, mask, cache))
 
 
 def attention_mask(mask: Tensor | None, T: int, past: int, device) -> Tensor | None:
-    """The (B, 1, T, S) bool mask for the kernel, or None where its own causal form, or no mask at all, is right."""
+    """The (B, 1, T, S) bool mask for the kernel; None where its own causal form, or none at all, is right."""
     if mask is None and (past == 0 or T == 1):
         return None
     if mask is not None and mask.dim() == 3:
@@ -250,7 +265,7 @@ def attention_mask(mask: Tensor | None, T: int, past: int, device) -> Tensor | N
     return causal[None, None] if mask is None else causal & mask[:, None, None, :]  # (B, 1, T, S)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Generation: one token at a time; keys and values of what was read before are kept, not computed again.
 
 
@@ -284,11 +299,11 @@ class KVCache:
 class Generation:
     ids: Tensor  # (B, R) the new tokens only; after a row's stop token: that stop token again
     lengths: Tensor  # (B,) how many of them count, the stop token included
-    logps: Tensor  # (B, R) log-probability in nats of each under the distribution it was drawn from; 0 after the stop
+    logps: Tensor  # (B, R) its log-probability in nats in the distribution it was drawn from; 0 after the stop
 
 
 def next_token_logps(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """The log-probabilities (B, V) that are sampled from, in float32. Temperature 0: all on the likeliest token."""
+    """The log-probabilities (B, V) to sample from, in float32. Temperature 0: all on the likeliest token."""
     logits = logits.float()
     if temperature < 1e-6:  # 0, or so close that dividing by it would overflow
         best = logits.argmax(dim=-1, keepdim=True)
@@ -297,7 +312,7 @@ def next_token_logps(logits: Tensor, temperature: float, top_k: int | None, top_
     if top_k is not None and top_k < logits.size(-1):
         best = logits.topk(top_k, dim=-1)  # by index and not by value: equal logits must not let in more than k
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
-    if top_p is not None and top_p < 1:  # the smallest set of likeliest tokens whose mass reaches p (Holtzman et al. 2020)
+    if top_p is not None and top_p < 1:  # the fewest likeliest tokens whose mass reaches p (Holtzman et al. 2020)
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)
         outside = probs.cumsum(dim=-1) - probs >= top_p  # the mass before this token is enough already
@@ -306,10 +321,10 @@ def next_token_logps(logits: Tensor, temperature: float, top_k: int | None, top_
 
 
 @torch.no_grad()
-def generate_stream(model: Transformer, ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
-                    top_k: int | None = None, top_p: float | None = None,
+def generate_stream(model: Transformer, ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int,
+                    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                     generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields, for each new position, the tokens (B,) and their log-probabilities (B,), as `generate` describes."""
+    """Yields, for each new position, the tokens (B,) and their log-probabilities (B,); see `generate`."""
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} is out of range; it must be at least 1")
@@ -319,15 +334,15 @@ def generate_stream(model: Transformer, ids: Tensor | Sequence[Sequence[int]], m
         raise UserError("an empty prompt gives nothing to continue; begin with the end-of-text token")
     B, T = len(prompts), max(len(prompt) for prompt in prompts)
     if T + max_new_tokens > model.config.max_seq_len:
-        raise UserError(f"{T} prompt tokens and {max_new_tokens} new ones exceed max_seq_len {model.config.max_seq_len} "
-                        f"of this model; shorten the prompt or ask for fewer")
+        raise UserError(f"{T} prompt tokens and {max_new_tokens} new ones exceed max_seq_len "
+                        f"{model.config.max_seq_len} of this model; shorten the prompt or ask for fewer")
     ids, mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
     for row, prompt in enumerate(prompts):  # padded on the left, so that every row's next token is the last column
         ids[row, T - len(prompt):], mask[row, T - len(prompt):] = prompt, True
     ids, mask = ids.to(device), None if bool(mask.all()) else mask.to(device)
     cache = KVCache(model.config, B, T + max_new_tokens, next(model.parameters()).dtype, device)
     for _ in range(max_new_tokens):
-        hidden = model.model(ids, mask=mask, cache=cache)[:, -1]  # (B, T, C) -> (B, C): only the last position needs logits
+        hidden = model.model(ids, mask=mask, cache=cache)[:, -1]  # (B, T, C) -> (B, C): the last one needs logits
         logps = next_token_logps(model.lm_head(hidden), temperature, top_k, top_p)
         token = torch.multinomial(logps.exp(), 1, generator=generator)  # (B, 1)
         yield token[:, 0], logps.gather(1, token)[:, 0]
@@ -336,13 +351,16 @@ def generate_stream(model: Transformer, ids: Tensor | Sequence[Sequence[int]], m
             mask = F.pad(mask, (0, 1), value=True)
 
 
-def generate(model: Transformer, ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, stop_ids: Sequence[int] = (),
+def generate(model: Transformer, ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int,
+             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+             stop_ids: Sequence[int] = (),
              generator: torch.Generator | None = None) -> Generation:
     """Continue each prompt by up to max_new_tokens.
 
-    ids: (B, T), or a list of B prompts of unequal lengths (the model sees no padding). temperature: 0 is greedy.
-    top_k, top_p: keep the k likeliest tokens; then the fewest that hold mass p. stop_ids: a row ends when it draws one.
+    ids: (B, T), or a list of B prompts of unequal lengths (the model sees no padding). temperature: 0 is
+    greedy.
+    top_k, top_p: keep the k likeliest tokens; then the fewest that hold mass p. stop_ids: a row ends when it
+    draws one.
     generator: where randomness comes from, on the model's device; the same seed gives the same sample.
     Returns a Generation. Raises UserError where prompt and new tokens exceed the model's max_seq_len.
     """
@@ -373,14 +391,15 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None):
         raise UserError(f"top_p {top_p} is out of range; it must be above 0 and at most 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sizes
 
 
 def count_parameters(config: ModelConfig) -> int:
     """How many numbers are trained; a tied head is counted once.
 
-    V C + V C + (2L + 1) C + 4 L C^2 + 3 L C F for multi-head attention without extras: LLaMA-7B has 6,738,415,616.
+    V C + V C + (2L + 1) C + 4 L C^2 + 3 L C F for multi-head attention without extras: LLaMA-7B has
+    6,738,415,616.
     """
     C, D, H, K = config.dim, config.head_dim, config.n_heads, config.n_kv_heads
     embeddings = config.vocab_size * C * (1 if config.tie_embeddings else 2)
@@ -393,12 +412,15 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def estimate_flops(config: ModelConfig, seq_len: int) -> int:
-    """Floating-point operations to train on one token: forward, and twice that backward (Kaplan et al. 2020, section 2.1).
+    """Floating-point operations to train on one token: forward, and twice that backward (Kaplan et al. 2020,
+    section 2.1).
 
-    A multiply and an add for each weight that multiplies (the head even where it is tied; not the embedding, a look-up), and
-    for each pair of positions that attend to each other: on average seq_len / 2, as attention is causal.
+    A multiply and an add for each weight that multiplies (the head even where it is tied; not the embedding,
+    a look-up), and for each pair of positions that attend to each other: on average seq_len / 2, as attention
+    is causal.
     """
     C, D, H, K = config.dim, config.head_dim, config.n_heads, config.n_kv_heads
-    weights = config.n_layers * (2 * C * H * D + 2 * C * K * D + 3 * C * config.ffn_dim) + C * config.vocab_size
+    block = 2 * C * H * D + 2 * C * K * D + 3 * C * config.ffn_dim  # q and o, k and v, the MLP
+    weights = config.n_layers * block + C * config.vocab_size
     scores = config.n_layers * 2 * H * D * (seq_len // 2)  # q·k and weights·v
     return 3 * 2 * (weights + scores)

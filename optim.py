@@ -3,8 +3,8 @@
 
 A matrix's gradient is dominated by a few directions; AdamW, which sees single numbers, leaves it so. Muon
 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves all directions equally: U Vᵀ of the
-momentum U S Vᵀ. The product is found without a decomposition, by a few matrix products (Newton-Schulz). Only
-matrices inside the blocks profit; embeddings, head and norms stay with AdamW, which `Muon` calls for them.
+momentum U S Vᵀ. The product is found without a decomposition, by a few matrix products (Newton-Schulz).
+Only matrices inside the blocks profit; `Muon` leaves embeddings, head and norms to AdamW.
 
 What it buys here stands in LOG.md. Unlike torch.optim.Muon: float32 instead of bfloat16, in which a CPU
 without bfloat16 instructions is a hundred times slower; matrices of one shape are treated as one batch; one
@@ -24,10 +24,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     wide = matrices.size(-2) <= matrices.size(-1)
     x = matrices if wide else matrices.mT  # (N, n, m) with n <= m: the products below are n x n
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds every singular value: all are <= 1 now
+    # the Frobenius norm bounds every singular value: all are <= 1 now
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT  # (N, n, m) x (N, m, n) -> (N, n, n)
-        x = a * x + (b * gram + c * gram @ gram) @ x  # acts on singular values as p(s), as U and V cancel in between
+        x = a * x + (b * gram + c * gram @ gram) @ x  # U and V cancel in between: singular values become p(s)
     return x if wide else x.mT
 
 
@@ -48,9 +49,10 @@ class Muon(torch.optim.Optimizer):
         self.share_with_adamw()  # load_state_dict and copies make new dicts
 
     def share_with_adamw(self):
-        others = [group for group in self.param_groups if not group["muon"]]  # the same dicts: a new lr is seen by both
+        # the same dicts: a new lr is seen by both
+        others = [group for group in self.param_groups if not group["muon"]]
         self.adamw = torch.optim.AdamW(others, fused=True)
-        self.adamw.state = self.state  # one state for all, so that saving and loading need not know of the two
+        self.adamw.state = self.state  # one state for all: saving and loading need not know of the two
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -49,7 +49,7 @@ class Env:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """True on every process if it is true on one: whoever leaves the loop alone leaves the others waiting for ever."""
+        """True on every process if it is true on one: who leaves a loop alone leaves the others waiting."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce(torch.tensor(float(flag), device=self.scalar_device)))
@@ -60,7 +60,7 @@ class Env:
 
 
 def setup(settings) -> Env:
-    """Join the other processes (torchrun says who we are), choose device, precision and compiler, and say what was chosen."""
+    """Join the other processes (torchrun says who we are), choose device, precision, compiler; say which."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(settings.device)
     if device.type == "cuda":
@@ -85,12 +85,13 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = next(name for name in ("cuda", "mps", "cpu") if have[name])
     if not have[wanted]:
-        raise UserError(f"--device {wanted}: there is none here that torch {torch.__version__} can use; pass --device auto")
+        raise UserError(f"--device {wanted}: there is none here that torch {torch.__version__} can use; "
+                        f"pass --device auto")
     return torch.device(wanted)
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """The precision of matrix products and the reason, for `--precision auto`: the fastest that needs no care."""
+    """The precision of matrix products and why; for `--precision auto` the fastest that needs no care."""
     if wanted != "auto":
         return wanted, "as asked"
     if device.type == "cuda":
@@ -139,7 +140,8 @@ def parallelize(model: nn.Module, env: Env) -> nn.Module:
     if env.compile:
         for module in model.modules():
             if isinstance(module, Block):
-                module.compile(dynamic=False)  # each shape for itself: what ran before must not change the kernels, and bits
+                # each shape for itself: what ran before must not change the kernels, and with them the bits
+                module.compile(dynamic=False)
     return model
 
 

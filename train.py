@@ -1,6 +1,7 @@
 """Pretraining: token shards in, a model folder out. With no arguments, the whole main job:
 
-    torchrun train.py                             # or: python train.py; more processes: torchrun --nproc-per-node 2 train.py
+    torchrun train.py                             # or: python train.py
+    torchrun --nproc-per-node 2 train.py          # more processes
 
 takes Python's own standard library as text (data.py), trains a small model from nothing and prints its bits
 per byte on modules it has not seen, beside what xz and gzip need for the same bytes. README.md says what to
@@ -43,10 +44,12 @@ from parallel import Env, parallelize, reduce_gradients, setup
 
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
     "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
-    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=256, batch_size=8, steps=1000, lr=0.02, adam_lr=3e-3),
-    "124m": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, batch_size=512, steps=5000, lr=0.02, adam_lr=1e-3),
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, seq_len=2048, batch_size=512, steps=20000,
-               lr=0.01, adam_lr=5e-4),
+    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=256, batch_size=8, steps=1000, lr=0.02,
+                  adam_lr=3e-3),
+    "124m": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, batch_size=512, steps=5000, lr=0.02,
+                 adam_lr=1e-3),
+    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, seq_len=2048, batch_size=512,
+               steps=20000, lr=0.01, adam_lr=5e-4),
     "7b": dict(dim=4096, n_layers=32, n_heads=32, ffn_dim=11008, seq_len=2048, batch_size=2048, steps=250000,
                lr=0.01, adam_lr=3e-4),
 }
@@ -54,8 +57,8 @@ PRESETS = {  # sizes, and the settings that go with them; a flag of the same nam
 
 @dataclass
 class Settings:
-    data: str = "runs/data"  # folder of token shards, as data.py writes it; the default one is made if it is missing
-    out: str = "runs/base"  # run folder: model, settings.json, log.jsonl, state/; an unfinished run in it is continued
+    data: str = "runs/data"  # token shards, as data.py writes them; the default folder is made if missing
+    out: str = "runs/base"  # run folder: model, settings.json, log.jsonl, state/; an unfinished run goes on
     overwrite: bool = False  # delete what is in `out` and start anew
     preset: Literal["tiny", "small", "124m", "1b", "7b"] = "small"  # a size and the settings that go with it
 
@@ -71,9 +74,10 @@ class Settings:
 
     seq_len: int | None = None  # tokens a window
     batch_size: int | None = None  # windows a step, over all processes and micro-batches
-    micro_batch_size: int | None = None  # windows a process holds at once; none: its whole share. Less memory, same result
+    micro_batch_size: int | None = None  # windows a process holds at once; none: its whole share. Fewer take
+                                         # less memory and give the same result
     steps: int | None = None  # updates
-    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices inside the blocks; the rest is always AdamW's
+    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices inside blocks; the rest is always AdamW's
     lr: float | None = None  # peak learning rate of those matrices (Muon; about 3e-3 for AdamW)
     adam_lr: float | None = None  # peak learning rate of embedding, head and norms
     warmup_steps: int = 10  # the rate rises linearly over these
@@ -82,13 +86,13 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float = 1.0  # bound of the global gradient norm; 0: none
-    bigram_steps: int | None = None  # steps that fit embedding and head to the corpus's counted bigrams first; 0: none
+    bigram_steps: int | None = None  # steps that first fit embedding and head to the counted bigrams; 0: none
     seed: int = 0
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights and moments stay fp32
-    compile: bool | None = None  # torch.compile; none: where a compiler is found and the run is long enough to repay it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights stay fp32
+    compile: bool | None = None  # torch.compile; none: where a compiler is found and the run is long enough
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    eval_stride: int | None = None  # tokens between evaluated windows; none: half of seq_len, so each has context
+    eval_stride: int | None = None  # tokens between evaluated windows; none: half of seq_len, for context
     eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
     save_every: int = 200  # steps between states; the last two are kept
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")  # continued once training is done
@@ -100,11 +104,11 @@ class Settings:
         self.max_seq_len = self.max_seq_len or self.seq_len
         self.bigram_steps = self.bigram_steps or 0
         self.eval_stride = self.eval_stride or max(1, self.seq_len // 2)
-        at_least_one = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "seq_len", "batch_size", "micro_batch_size", "steps",
-                        "save_every")
-        require(self, **{name: (1, None) for name in at_least_one}, warmup_steps=(0, None), decay_share=(0, 1),
-                weight_decay=(0, 10), betas=(0, 1), clip=(0, None), lr=(0, 10), adam_lr=(0, 10),
-                eval_every=(0, None), eval_stride=(1, self.seq_len),
+        at_least_one = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "seq_len", "batch_size",
+                        "micro_batch_size", "steps", "save_every")
+        require(self, **{name: (1, None) for name in at_least_one}, warmup_steps=(0, None),
+                decay_share=(0, 1), weight_decay=(0, 10), betas=(0, 1), clip=(0, None), lr=(0, 10),
+                adam_lr=(0, 10), eval_every=(0, None), eval_stride=(1, self.seq_len),
                 bigram_steps=(0, None), seed=(0, 2 ** 63 - 1))
         if self.seq_len > self.max_seq_len:
             raise UserError(f"seq_len {self.seq_len} exceeds max_seq_len {self.max_seq_len} of this model; "
@@ -112,8 +116,8 @@ class Settings:
 
 
 # Settings that may differ between the parts of one run: they say where and how to compute, not what
-FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "compile", "device", "eval_every", "save_every",
-        "sample_prompts"}
+FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "compile", "device",
+        "eval_every", "save_every", "sample_prompts"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -121,14 +125,14 @@ FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "
 
 
 def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of -log p(target | what stands before it) in nats over the targets that are not -100, and how many
-    these are.
+    """The sum of -log p(target | all before it) in nats over the targets that are not -100, and their number.
 
     batch: inputs (B, T) and targets (B, T), the inputs shifted by one.
     """
     inputs, targets = batch
     hidden = model.model(inputs).flatten(0, 1)  # (B, T, C) -> (B T, C)
-    loss_sum = LinearCrossEntropy.apply(hidden, model.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+    loss_sum = LinearCrossEntropy.apply(hidden, model.lm_head.weight, targets.flatten(),
+                                        torch.is_grad_enabled())
     return loss_sum, (targets != IGNORE).sum()
 
 
@@ -136,17 +140,20 @@ class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") without ever holding all logits.
 
     At V = 4,096 the logits of a batch are far larger than all else, and writing and reading them back takes
-    longer than computing them. Here a few rows' logits are turned into their loss and their gradient, softmax
-    - onehot, while they lie in the cache; what is kept for the backward pass is the gradient of the inputs.
-    Equal to the plain form but for rounding.
+    longer than computing them. Here a few rows' logits are turned into their loss and their gradient, which
+    is softmax - onehot, while they lie in the cache; what is kept for the backward pass is the gradient of
+    the inputs. Equal to the plain form but for rounding.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-        """hidden (N, C), weight (V, C), targets (N,), -100 where there is none -> the sum of losses in nats, float32."""
-        rows = max(1, (2 ** 27 if hidden.is_cuda else 2 ** 21) // len(weight))  # 8 MB of float32: about what a CPU's cache holds
-        half = torch.is_autocast_enabled(hidden.device.type) and torch.get_autocast_dtype(hidden.device.type) == torch.float16
-        loss_sum = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        """hidden (N, C), weight (V, C), targets (N,), -100 for none -> the losses' sum in nats, float32."""
+        # 2^21 float32 are 8 MB: about what a CPU's cache holds
+        rows = max(1, (2 ** 27 if hidden.is_cuda else 2 ** 21) // len(weight))
+        half = (torch.is_autocast_enabled(hidden.device.type)
+                and torch.get_autocast_dtype(hidden.device.type) == torch.float16)
+        loss_sum = torch.zeros((), device=hidden.device,
+                               dtype=torch.promote_types(hidden.dtype, torch.float32))
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         for part, part_grad, target in zip(hidden.split(rows), hidden_grad.split(rows), targets.split(rows)):
             logits = part @ weight.T  # (rows, C) x (C, V) -> (rows, V)
@@ -158,10 +165,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss_sum += ((top + total.log() - of_target) * valid).sum()
             if with_gradient:
                 scale = torch.where(valid, 1 / total, 0.0)
-                grad = logits.mul_(scale).scatter_add_(1, target, -valid.to(logits.dtype))  # softmax - onehot, 0 where no target is
+                # softmax - onehot, and 0 where no target is
+                grad = logits.mul_(scale).scatter_add_(1, target, -valid.to(logits.dtype))
+                # fp16 would lose small probabilities here: the loss scale comes with the backward pass only
                 with torch.autocast(hidden.device.type, enabled=False) if half else contextlib.nullcontext():
-                    # (fp16 would lose the small probabilities here: the loss scale only comes with the
-                    # backward pass)
                     grad = grad.to(weight.dtype)
                     part_grad.copy_(grad @ weight)
                     weight_grad += grad.T @ part
@@ -176,7 +183,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Rate of the matrices at a step in 0 … steps-1: linear warm-up, level, linear decay to zero over the last decay_share."""
+    """Rate of the matrices at a step in 0 … steps-1: linear warm-up, level, linear decay to zero.
+
+    The decay takes the last decay_share of the steps.
+    """
     warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
     decay_steps = settings.decay_share * settings.steps
     cool = min(1.0, (settings.steps - step) / decay_steps) if decay_steps else 1.0
@@ -194,8 +204,10 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     vectors = [p for name, p in named if p.dim() < 2]
     adam = {"betas": settings.betas, "eps": settings.eps}
     muon = settings.optimizer == "muon"
-    groups = [{"params": matrices, "muon": muon, "lr_scale": 1.0, "weight_decay": settings.weight_decay, **adam},
-              {"params": tables, "lr_scale": settings.adam_lr / settings.lr, "weight_decay": settings.weight_decay, **adam},
+    groups = [{"params": matrices, "muon": muon, "lr_scale": 1.0,
+               "weight_decay": settings.weight_decay, **adam},
+              {"params": tables, "lr_scale": settings.adam_lr / settings.lr,
+               "weight_decay": settings.weight_decay, **adam},
               {"params": vectors, "lr_scale": settings.adam_lr / settings.lr, "weight_decay": 0.0, **adam}]
     groups = [{"lr": settings.lr * group["lr_scale"], **group} for group in groups if group["params"]]
     return Muon(groups) if muon else torch.optim.AdamW(groups, fused=True)
@@ -205,10 +217,11 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
     """One step over all micro-batches of all processes: returns {"loss", "targets", "grad_norm", "skipped"}.
 
     Gradients of the sums are added up, over micro-batches and then over processes, and divided once by the
-    count of all
-    targets: the gradient of the mean, however the targets are spread. loss is in nats a target; grad_norm is
-    the global norm before clipping. With a `scaler` (fp16) a step whose gradients overflow is skipped, on
-    every process alike. Raises UserError where loss or gradient is not finite, before a weight is touched.
+    count of all targets: the gradient of the mean, however the targets are spread. loss is in nats a target;
+    grad_norm is the global norm before clipping. With a `scaler` (fp16) a step whose gradients overflow is
+    skipped, on every process alike.
+
+    Raises UserError where loss or gradient is not finite, before a weight is touched.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=env.scalar_device)
     count = torch.zeros_like(loss_sum)
@@ -228,8 +241,9 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf))
     finite = math.isfinite(loss_sum) and math.isfinite(norm)
     if not finite and not scaler:
-        raise UserError(f"{'loss' if not math.isfinite(loss_sum) else 'gradient'} is not finite at lr {lr:.2e}; no weight was "
-                        f"touched. A lower --lr or more --warmup_steps may help")
+        raise UserError(f"{'loss' if not math.isfinite(loss_sum) else 'gradient'} is not finite "
+                        f"at lr {lr:.2e}; no weight was touched. "
+                        f"A lower --lr or more --warmup_steps may help")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     if scaler:
@@ -243,22 +257,24 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
 
 @torch.no_grad()
 def evaluate(model, batches: Batches, loss_fn, env) -> dict:
-    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens"}, equal
-    on every process.
+    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens"}.
 
-    Bits per byte: the total loss in bits over the bytes of the text, so that tokenizers can be compared. It charges
-    the model for end-of-text tokens too. Windows overlap where `batches` has a stride.
+    Equal on every process. Bits per byte: the total loss in bits over the bytes of the text, so that
+    tokenizers can be compared. It charges the model for end-of-text tokens too. Windows overlap where
+    `batches` has a stride.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=env.scalar_device)
     for step in tqdm(range(batches.steps), desc="evaluate", unit="batch", leave=False, disable=env.rank > 0):
-        with env.autocast(), torch.compiler.set_stance("force_eager"):  # not worth compiling once more, without gradients
+        # eager: not worth compiling once more, without gradients
+        with env.autocast(), torch.compiler.set_stance("force_eager"):
             loss_sum, count = loss_fn(model, env.to_device(batches.in_order(step)))
         totals += torch.stack((loss_sum.double(), count.double())).to(totals.device)
     model.train(was_training)
     loss_sum, count = env.all_reduce(totals).tolist()
-    return {"loss": loss_sum / count, "bits_per_byte": loss_sum / math.log(2) / batches.text_bytes, "tokens": int(count)}
+    return {"loss": loss_sum / count, "bits_per_byte": loss_sum / math.log(2) / batches.text_bytes,
+            "tokens": int(count)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,13 +282,13 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
 
 
 def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, text=None) -> dict:
-    """Train `model` in place for settings.steps updates and save it to settings.out; returns the last line of
-    the log.
+    """Train `model` in place for settings.steps updates, save it to settings.out; return the log's last line.
 
-    batches: `.at(step)` gives a micro-batch; accumulation takes several. loss_fn(model, batch) -> (loss_sum,
-    count).
-    validation: batches for `evaluate`. text: what else must be equal for a state in settings.out to be
-    continued, beside the settings that are not FREE; a state of another run is refused.
+    batches: `.at(step)` gives a micro-batch; accumulation takes several.
+    loss_fn: loss_fn(model, batch) -> (loss_sum, count).
+    validation: batches for `evaluate`.
+    text: what else must be equal for a state in settings.out to be continued, beside the settings that are
+    not FREE; a state of another run is refused.
     """
     env = env or setup(settings)
     folder = Path(settings.out)
@@ -283,8 +299,8 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
     identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | (text or {})
     start = load(folder, model, optimizer, scaler, identity, env)
     log = Log(folder, start, settings, env)
-    progress = tqdm(range(start, settings.steps), desc="train", initial=start, total=settings.steps, unit="step",
-                    disable=env.rank > 0, dynamic_ncols=True, smoothing=0.05)
+    progress = tqdm(range(start, settings.steps), desc="train", initial=start, total=settings.steps,
+                    unit="step", disable=env.rank > 0, dynamic_ncols=True, smoothing=0.05)
     with stop_signals() as stop:
         for step in progress:
             began = time.perf_counter()
@@ -295,14 +311,17 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
             line = log_line(step, lr, report, batches, time.perf_counter() - began, model, settings, env)
             progress.set_postfix_str(describe(line))
             last, stopping = step + 1 == settings.steps, env.any(bool(stop))
-            if validation is not None and (last or (settings.eval_every and (step + 1) % settings.eval_every == 0)):
+            if validation is not None and (last or (settings.eval_every
+                                                    and (step + 1) % settings.eval_every == 0)):
                 result = evaluate(model, validation, loss_fn, env)
-                line |= {"val_loss_nats_per_token": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
+                line |= {"val_loss_nats_per_token": result["loss"],
+                         "val_bits_per_byte": result["bits_per_byte"]}
             log.write(line)
             if last or stopping or (step + 1) % settings.save_every == 0:
                 save(folder, step + 1, model, optimizer, scaler, identity, log, env)
             if stopping and not last:
-                stop.exit(f"stopped after step {step + 1} of {settings.steps}; the same command goes on from there", env)
+                stop.exit(f"stopped after step {step + 1} of {settings.steps}; "
+                          f"the same command goes on from there", env)
     if env.rank == 0:
         save_model(model, tokenizer, folder)
     return log.last
@@ -311,36 +330,40 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
 def micro_batches_a_step(settings: Settings, env) -> int:
     """How many micro-batches of each process make up settings.batch_size windows."""
     if settings.batch_size % env.world_size:
-        raise UserError(f"batch_size {settings.batch_size} is not divisible by the {env.world_size} processes; "
-                        f"choose a multiple of them")
+        raise UserError(f"batch_size {settings.batch_size} is not divisible by the {env.world_size} "
+                        f"processes; choose a multiple of them")
     share = settings.batch_size // env.world_size
     micro = settings.micro_batch_size or share
     if share % micro:
-        raise UserError(f"micro_batch_size {micro} does not divide the {share} windows that each process has of "
-                        f"batch_size {settings.batch_size}; choose a divisor")
+        raise UserError(f"micro_batch_size {micro} does not divide the {share} windows that each process has "
+                        f"of batch_size {settings.batch_size}; choose a divisor")
     return share // micro
 
 
 def seed_step(seed: int, step: int, rank: int):
-    """Randomness of a step (dropout, say) follows from (seed, step, rank): a resumed run needs no saved generator."""
+    """Randomness of a step (dropout, say) follows from (seed, step, rank): no generator need be saved."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
 def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log, env):
-    """Write state/step_<n>: weights, moments, and what `load` must know. Process 0 writes; the log is safe on disk before."""
+    """Write state/step_<n>: weights, moments, and what `load` must know.
+
+    Process 0 writes; the log is safe on disk before.
+    """
     if env.rank > 0:
         return
     log.sync()
     names = {p: name for name, p in model.named_parameters()}  # a tied head has one name, and is written once
     weights = {name: p.detach() for p, name in names.items()}
-    moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{names[p]}.{key}": value
+               for p, state in optimizer.state.items() for key, value in state.items()}
     extra = {"identity": identity, "scaler": scaler.state_dict() if scaler else None}
     save_state(folder / "state", step, {"model": weights, "optimizer": moments}, extra)
 
 
 @torch.no_grad()
 def load(folder: Path, model, optimizer, scaler, identity: dict, env) -> int:
-    """Put the newest whole state in `folder` into model and optimizer; returns the steps done, 0 where there is no state."""
+    """Put the newest whole state in `folder` into model and optimizer; return the steps done, 0 if none."""
     state = load_state(folder / "state", say=env.say)
     if state is None:
         return 0
@@ -362,8 +385,9 @@ def check_identity(folder: Path, found: dict, wanted: dict):
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):
-            raise UserError(f"{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; continue it with its own "
-                            f"settings, choose another --out, or pass --overwrite to delete it")
+            raise UserError(f"{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; "
+                            f"continue it with its own settings, choose another --out, or pass --overwrite "
+                            f"to delete it")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -371,7 +395,10 @@ def check_identity(folder: Path, found: dict, wanted: dict):
 
 
 class Log:
-    """log.jsonl: one line a step, without gap or repeat. Lines after the state we continue from are taken back first."""
+    """log.jsonl: one line a step, without gap or repeat.
+
+    Lines after the state that we continue from are taken back first.
+    """
 
     def __init__(self, folder: Path, steps_done: int, settings, env: Env):
         self.path, self.file, self.last = folder / "log.jsonl", None, None
@@ -404,8 +431,9 @@ class Log:
 
 def log_line(step, lr, report, batches, seconds, model, settings, env) -> dict:
     tokens = settings.batch_size * settings.seq_len
-    line = {"step": step + 1, "loss_nats_per_token": report["loss"], "lr": lr, "grad_norm": report["grad_norm"],
-            "targets": report["targets"], "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 4)}
+    line = {"step": step + 1, "loss_nats_per_token": report["loss"], "lr": lr,
+            "grad_norm": report["grad_norm"], "targets": report["targets"],
+            "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 4)}
     if report["skipped"]:
         line["skipped"] = True
     if hasattr(batches, "text_bytes"):
@@ -427,7 +455,10 @@ def describe(line: dict) -> str:
 
 
 class stop_signals:
-    """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved. Twice: at once."""
+    """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved.
+
+    The second one stops at once.
+    """
 
     def __enter__(self):
         self.signal, self.old = 0, {}
@@ -449,7 +480,8 @@ class stop_signals:
 
     def exit(self, message: str, env: Env):
         env.say(message)
-        raise SystemExit(128 + (self.signal or signal.SIGTERM))  # what a shell reports for a program ended by this signal
+        # what a shell reports for a program ended by this signal
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -459,11 +491,11 @@ class stop_signals:
 def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
     """Fit embedding and head to the counted bigrams of the whole corpus, before training.
 
-    A new model's blocks are the identity, so all it is is p(next | current) =
-    softmax(head(norm(embedding(current)))): a table of bigrams, factorised. Training learns that table first,
-    one token at a time. But the loss over a whole corpus depends on it
-    only through how often b follows a: sum_ab count(a, b) log p(b | a). One step here sees all tokens at the
-    price of V.
+    A new model's blocks are the identity, so that all it is is a table of bigrams, factorised:
+    p(next | current) = softmax(head(norm(embedding(current)))). Training learns that table first, one token
+    at a time. But the loss over a whole corpus depends on it only through how often b follows a:
+    sum_ab count(a, b) log p(b | a). One step here sees all tokens at the price of V.
+
     tokens: 1-D array of ids. Takes V^2 floats of memory. Adam with a linear decay; head from zero.
     """
     V = model.config.vocab_size
@@ -480,7 +512,8 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
         total = 0.0
         for rows in torch.arange(V).split(512):  # never all V x V logits at once
             logits = norm(embedding[rows]) @ head.T  # (512, C) x (C, V) -> (512, V)
-            nats = counts[rows].sum(dim=1) @ logits.logsumexp(dim=1) - counts[rows].flatten() @ logits.flatten()
+            nats = (counts[rows].sum(dim=1) @ logits.logsumexp(dim=1)
+                    - counts[rows].flatten() @ logits.flatten())
             (nats / (len(tokens) - 1)).backward()
             total += nats.item() / (len(tokens) - 1)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -491,19 +524,23 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
 
 
 def prepare_data(settings: Settings, env: Env):
-    """Make the default shards if they are missing, by the command a reader would type; the other processes wait."""
+    """Make the default shards if they are missing, by the command a reader would type; the others wait."""
     missing = not (Path(settings.data) / "meta.json").exists()
     if missing and settings.data == Settings.data and env.rank == 0:
         command = [sys.executable, str(Path(__file__).with_name("data.py")), "--out", settings.data]
         env.say(f"no tokens in {settings.data} yet: python data.py --out {settings.data}")
-        result = subprocess.run(command)  # its own process: its workers need no torch, and its memory is given back
+        # its own process: its workers need no torch, and its memory is given back
+        result = subprocess.run(command)
         if result.returncode:
             raise UserError(f"data.py ended with exit code {result.returncode}; see its message above")
     env.any(False)
 
 
 def open_run_folder(settings, env: Env) -> bool:
-    """Make settings.out, or refuse it; True if a run in it goes on. Nothing that stands there is deleted without --overwrite."""
+    """Make settings.out, or refuse it; True if a run in it goes on.
+
+    Nothing that stands there is deleted without --overwrite.
+    """
     folder = Path(settings.out)
     if env.rank == 0:
         ours = (folder / "settings.json").exists()
@@ -512,7 +549,8 @@ def open_run_folder(settings, env: Env) -> bool:
         if ours and settings.overwrite:
             shutil.rmtree(folder)
         if (folder / "model.safetensors").exists() and not any(folder.glob("state/step_*")):
-            raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, or pass --overwrite")
+            raise UserError(f"{folder} holds a model but no state to go on from; "
+                            f"choose another --out, or pass --overwrite")
         folder.mkdir(parents=True, exist_ok=True)
     env.any(False)  # the others wait
     return any(folder.glob("state/step_*"))
@@ -535,13 +573,15 @@ def main():
     validation = Batches(settings.data, "val", micro, settings.seq_len, stride=settings.eval_stride, **place)
     tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
-        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside it; run data.py again")
+        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
+                        f"it; run data.py again")
     goes_on = open_run_folder(settings, env)
     model = build_model(settings, tokenizer.vocab_size)
     if env.rank == 0:
         show(settings)
     tokens = settings.steps * settings.batch_size * settings.seq_len
-    env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, {tokens / batches.tokens:.2f} epochs, "
+    env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, "
+            f"{tokens / batches.tokens:.2f} epochs, "
             f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
     if settings.bigram_steps and not goes_on and env.rank == 0:
         bigram_start(model, batches.data, settings.bigram_steps)

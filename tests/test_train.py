@@ -1,4 +1,6 @@
-"""train.py, parallel.py: the loop is exact (accumulation, processes), survives kills bit for bit, and says what is wrong."""
+"""train.py, parallel.py: the loop is exact (accumulation, processes), survives kills bit for bit, and says
+what is wrong.
+"""
 import hashlib
 import json
 import math
@@ -24,18 +26,20 @@ from parallel import Env
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
-SMALL = ["--preset", "tiny", "--dim", "32", "--seq_len", "32", "--batch_size", "4", "--steps", "12", "--sample_prompts", "def "]
+SMALL = ["--preset", "tiny", "--dim", "32", "--seq_len", "32", "--batch_size", "4", "--steps", "12",
+         "--sample_prompts", "def "]
 
 
 def settings_for(tmp_path, **changes):
-    given = {"preset": "tiny", "dim": 32, "seq_len": 32, "batch_size": 4, "steps": 12, "out": str(tmp_path / "run"),
-             "compile": False, **changes}
+    given = {"preset": "tiny", "dim": 32, "seq_len": 32, "batch_size": 4, "steps": 12,
+             "out": str(tmp_path / "run"), "compile": False, **changes}
     return train.Settings(**given)
 
 
 def small_model(seed=0, **changes):
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(**{"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2, "qk_norm": True, **changes}))
+    model = Transformer(ModelConfig(**{"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2,
+                                       "qk_norm": True, **changes}))
     torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # a zero head would pass no gradient to the blocks
     return model
 
@@ -53,12 +57,14 @@ def shards(tmp_path_factory):
     """A folder of shards from a small made-up text, in a path with a space and Chinese characters."""
     folder = tmp_path_factory.mktemp("有 空格")
     rng = random.Random(0)
-    words = ["def", "class", "return", "self", "value", "import", "数据", "for", "in", "range", "print", "if", "else"]
+    words = ["def", "class", "return", "self", "value", "import", "数据", "for", "in", "range", "print",
+             "if", "else"]
     for number in range(40):
         lines = [" ".join(rng.choices(words, k=8)) for _ in range(40)]
         (folder / f"text {number}.txt").write_text("\n".join(lines), encoding="utf-8")
     out = folder / "shards"
-    data.prepare(data.Settings(input=(str(folder),), out=str(out), vocab_size=290, val_fraction=0.1, workers=1))
+    data.prepare(data.Settings(input=(str(folder),), out=str(out), vocab_size=290, val_fraction=0.1,
+                               workers=1))
     return out
 
 
@@ -66,9 +72,11 @@ def run_train(shards, out, *arguments, processes=1, check=True, **options):
     """train.py as a user runs it; the finished process, with its output."""
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                                           "--master-port", str(random.randint(20000, 60000))]
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out), *arguments]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out),
+               *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment, timeout=300, **options)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment,
+                          timeout=300, **options)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -92,7 +100,7 @@ def digest(out):
     return hashlib.sha256((Path(out) / "model.safetensors").read_bytes()).hexdigest()
 
 
-# ---- the schedule and the optimizer ----------------------------------------------------------------------------------
+# ---- the schedule and the optimizer ------------------------------------------------------------------------
 
 
 def test_the_learning_rate_rises_linearly_stays_and_falls_linearly_to_zero(tmp_path):
@@ -100,7 +108,8 @@ def test_the_learning_rate_rises_linearly_stays_and_falls_linearly_to_zero(tmp_p
     rates = [train.learning_rate(step, settings) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10:50] == pytest.approx([1.0] * 40)
-    assert rates[50:] == pytest.approx([1 - i / 50 for i in range(51)]), "the step after the last would have rate 0"
+    assert rates[50:] == pytest.approx([1 - i / 50 for i in range(51)]), \
+        "the step after the last would have rate 0"
 
 
 def test_every_parameter_is_in_one_group_and_no_vector_decays(tmp_path):
@@ -121,7 +130,7 @@ def test_muon_moves_only_the_matrices_inside_blocks(tmp_path):
     assert moved == expected
 
 
-# ---- the loss --------------------------------------------------------------------------------------------------------
+# ---- the loss ----------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_a_sum_over_the_targets_that_count_and_their_number():
@@ -133,7 +142,8 @@ def test_the_loss_is_a_sum_over_the_targets_that_count_and_their_number():
     assert loss_sum.item() == pytest.approx(by_hand.item(), rel=1e-5), "float32 sums in another order"
 
 
-@pytest.mark.parametrize("rows, vocab_size", [(1, 7), (50, 33), (700, 4096)])  # the last in several parts, the end a ragged one
+# 700 rows are taken in several parts, the last one ragged
+@pytest.mark.parametrize("rows, vocab_size", [(1, 7), (50, 33), (700, 4096)])
 def test_the_loss_that_holds_no_logits_equals_the_plain_one_and_so_do_its_gradients(rows, vocab_size):
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 16, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -156,12 +166,13 @@ def test_a_micro_batch_without_any_target_adds_exactly_nothing():
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
 
 
-# ---- one update ------------------------------------------------------------------------------------------------------
+# ---- one update --------------------------------------------------------------------------------------------
 
 
 def weights_after_update(micro_batches, settings, optimizer="adamw"):
     model = small_model()
-    report = train.update(model, train.make_optimizer(model, settings), micro_batches, train.next_token_loss, settings, CPU, 0.01)
+    report = train.update(model, train.make_optimizer(model, settings), micro_batches, train.next_token_loss,
+                          settings, CPU, 0.01)
     return model, report
 
 
@@ -191,9 +202,11 @@ def test_the_gradient_norm_is_global_and_clipped_once_after_accumulation(tmp_pat
     seen = {}
     monkeypatch.setattr(optimizer, "step", lambda: seen.update(
         norm=math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))))
-    report = train.update(model, optimizer, list(zip(inputs.chunk(2), targets.chunk(2))), train.next_token_loss, settings, CPU, 0.01)
+    report = train.update(model, optimizer, list(zip(inputs.chunk(2), targets.chunk(2))),
+                          train.next_token_loss, settings, CPU, 0.01)
     assert report["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert seen["norm"] == pytest.approx(0.01, rel=1e-4), "clip_grad_norm_ adds 1e-6 to the norm it divides by"
+    # clip_grad_norm_ adds 1e-6 to the norm it divides by
+    assert seen["norm"] == pytest.approx(0.01, rel=1e-4), "clipped twice, or before all was added up?"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -207,7 +220,8 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_is_touched(tmp_path, 
         return loss_sum * bad, count
 
     with pytest.raises(UserError, match="not finite.*no weight was touched"):
-        train.update(model, optimizer, [random_batch(2), random_batch(2, seed=1)], broken, settings, CPU, 0.01)
+        train.update(model, optimizer, [random_batch(2), random_batch(2, seed=1)], broken, settings, CPU,
+                     0.01)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not optimizer.state, "the moments were touched"
 
@@ -217,7 +231,10 @@ def test_with_a_loss_scale_an_overflow_skips_the_step_and_lowers_the_scale(tmp_p
     optimizer = train.make_optimizer(model, settings)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    overflow = lambda model, batch: (train.next_token_loss(model, batch)[0] * 1e38, torch.tensor(32))  # noqa: E731
+
+    def overflow(model, batch):
+        return train.next_token_loss(model, batch)[0] * 1e38, torch.tensor(32)
+
     report = train.update(model, optimizer, [random_batch(2)], overflow, settings, CPU, 0.01, scaler)
     assert report["skipped"] and scaler.get_scale() == 2.0 ** 15
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -229,14 +246,15 @@ def test_a_loss_scale_changes_neither_norm_nor_update(tmp_path):
     reports = []
     for model, scaler in ((plain, None), (scaled, torch.amp.GradScaler("cpu", init_scale=1024.0))):
         optimizer = train.make_optimizer(model, settings)
-        reports.append(train.update(model, optimizer, [random_batch(2), random_batch(2, 1)], train.next_token_loss, settings, CPU,
-                                    0.01, scaler))
-    assert reports[0]["grad_norm"] == pytest.approx(reports[1]["grad_norm"], rel=1e-6), "clipped before unscaling?"
+        reports.append(train.update(model, optimizer, [random_batch(2), random_batch(2, 1)],
+                                    train.next_token_loss, settings, CPU, 0.01, scaler))
+    assert reports[0]["grad_norm"] == pytest.approx(reports[1]["grad_norm"], rel=1e-6), \
+        "clipped before unscaling?"
     for p, q in zip(plain.parameters(), scaled.parameters()):  # a scale of 2^10 changes no float32 mantissa
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 
 def test_evaluation_counts_every_target_once_and_leaves_random_state_and_mode_alone(shards):
@@ -257,7 +275,7 @@ def test_evaluation_counts_every_target_once_and_leaves_random_state_and_mode_al
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / batches.text_bytes, rel=1e-5)
 
 
-# ---- initialisation --------------------------------------------------------------------------------------------------
+# ---- initialisation ----------------------------------------------------------------------------------------
 
 
 def test_the_bigram_start_finds_the_entropy_of_the_next_token_given_the_current_one():
@@ -272,18 +290,21 @@ def test_the_bigram_start_finds_the_entropy_of_the_next_token_given_the_current_
     p = counts / counts.sum(dim=1, keepdim=True)
     entropy = -(counts * p.clamp(min=1e-9).log()).sum().item() / 20000
     model = Transformer(ModelConfig(vocab_size=vocab_size, dim=64, n_layers=1, n_heads=2))
-    untouched = {name: p.clone() for name, p in model.named_parameters() if "layers" in name or "norm" in name}
+    untouched = {name: p.clone() for name, p in model.named_parameters()
+                 if "layers" in name or "norm" in name}
     train.bigram_start(model, torch.tensor(ids).numpy(), steps=100)
     with torch.no_grad():
         loss = F.cross_entropy(model(torch.tensor([ids[:1000]]))[0], torch.tensor(ids[1:1001])).item()
-        whole = sum(F.cross_entropy(model(torch.tensor([ids[i:i + 1001][:-1]]))[0], torch.tensor(ids[i + 1:i + 1001])).item()
+        whole = sum(F.cross_entropy(model(torch.tensor([ids[i:i + 1001][:-1]]))[0],
+                                    torch.tensor(ids[i + 1:i + 1001])).item()
                     for i in range(0, 20000, 1000)) / 20
     assert math.isfinite(loss)
-    assert entropy <= whole < 1.02 * entropy, "2 %: a hundred steps of Adam come that close to the optimum of this size"
+    assert entropy <= whole < 1.02 * entropy, \
+        "2 %: a hundred steps of Adam come that close to the optimum of this size"
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in untouched.items())
 
 
-# ---- the loop, by any stage ------------------------------------------------------------------------------------------
+# ---- the loop, by any stage --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -299,7 +320,8 @@ def test_the_loop_overfits_three_batches(tmp_path):
     settings = settings_for(tmp_path, steps=60, lr=0.02, adam_lr=1e-2)
     train.train(small_model(), FixedBatches(), train.next_token_loss, settings, CPU)
     losses = [line["loss_nats_per_token"] for line in log_of(settings.out)]
-    assert losses[0] > 3.5 and losses[-1] < 0.5 * losses[0], "48 random windows of 16 tokens can be learnt by heart"
+    assert losses[0] > 3.5 and losses[-1] < 0.5 * losses[0], \
+        "48 random windows of 16 tokens can be learnt by heart"
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -322,18 +344,20 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(tmp_path, optim
     train.train(resumed, StopAt(), train.next_token_loss, parts, CPU)
     assert digest(parts.out) == digest(whole.out)
     kept = ("step", "loss_nats_per_token", "lr", "grad_norm")
-    assert [[line[key] for key in kept] for line in log_of(parts.out)] == [[line[key] for key in kept] for line in log_of(whole.out)]
+    assert [[line[key] for key in kept] for line in log_of(parts.out)] == \
+        [[line[key] for key in kept] for line in log_of(whole.out)]
     states = sorted(path.name for path in Path(parts.out, "state").iterdir())
     assert len(states) == 2, "the last two states are kept"
     for group in ("model.safetensors", "optimizer.safetensors"):
-        assert Path(parts.out, "state", states[-1], group).read_bytes() == Path(whole.out, "state", states[-1], group).read_bytes()
+        assert Path(parts.out, "state", states[-1], group).read_bytes() == \
+            Path(whole.out, "state", states[-1], group).read_bytes()
 
 
 def test_a_tied_model_is_still_tied_after_going_on(tmp_path):
     settings = settings_for(tmp_path, tie_embeddings=True)
     train.train(small_model(tie_embeddings=True), FixedBatches(), train.next_token_loss, settings, CPU)
     model = small_model(seed=1, tie_embeddings=True)
-    train.train(model, FixedBatches(), train.next_token_loss, settings, CPU)  # loads the last state; nothing is left to do
+    train.train(model, FixedBatches(), train.next_token_loss, settings, CPU)  # only loads the last state
     assert model.lm_head.weight is model.model.embed_tokens.weight
     header = (Path(settings.out) / "model.safetensors").read_bytes()[:4096]
     assert b"embed_tokens" in header and b"lm_head" not in header
@@ -347,7 +371,8 @@ def test_a_damaged_last_state_is_told_and_the_one_before_it_used(tmp_path, capsy
     newest.write_bytes(newest.read_bytes()[:-7])
     train.train(small_model(), FixedBatches(), train.next_token_loss, settings, CPU)
     assert "optimizer.safetensors" in capsys.readouterr().out
-    assert digest(settings.out) == expected and [line["step"] for line in log_of(settings.out)] == list(range(1, 13))
+    assert digest(settings.out) == expected
+    assert [line["step"] for line in log_of(settings.out)] == list(range(1, 13))
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path):
@@ -358,7 +383,7 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path):
         train.train(small_model(), FixedBatches(), train.next_token_loss, other, CPU)
 
 
-# ---- the program -----------------------------------------------------------------------------------------------------
+# ---- the program -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -370,28 +395,33 @@ def finished(shards, tmp_path_factory):
 
 def test_the_last_lines_say_where_the_model_is_and_its_bits_per_byte(finished):
     lines = finished[0].strip().splitlines()
-    assert lines[-1].split(maxsplit=1)[1].startswith("bits per byte on") and 0 < float(lines[-1].split()[0]) < 8
+    assert lines[-1].split(maxsplit=1)[1].startswith("bits per byte on")
+    assert 0 < float(lines[-1].split()[0]) < 8
     assert "xz -9e" in lines[-2] and lines[-3] == f"model: {finished[1]}"
-    assert float(lines[-1].split()[0]) == pytest.approx(log_of(finished[1])[-1]["val_bits_per_byte"], abs=1e-4)
+    logged = log_of(finished[1])[-1]["val_bits_per_byte"]
+    assert float(lines[-1].split()[0]) == pytest.approx(logged, abs=1e-4), "printed with four digits"
 
 
 def test_the_log_has_one_line_a_step_with_units_in_its_names(finished):
     lines = log_of(finished[1])
     assert [line["step"] for line in lines] == list(range(1, 13))
-    assert {"loss_nats_per_token", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "seconds"} <= lines[0].keys()
+    assert {"loss_nats_per_token", "bits_per_byte", "lr", "grad_norm", "tokens_per_second",
+            "seconds"} <= lines[0].keys()
 
 
 def test_transformers_opens_the_folder_with_equal_logits_and_ids(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from checkpoint import load_model
-    theirs, their_tokenizer = (kind.from_pretrained(finished[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    theirs, their_tokenizer = (kind.from_pretrained(finished[1])
+                               for kind in (AutoModelForCausalLM, AutoTokenizer))
     ours, tokenizer = load_model(finished[1])
     text = "def value in 数据:\n    return self"
     assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
     ids = torch.tensor([tokenizer.encode(text)])
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=0, atol=1e-5)  # the issue's bound, float32
+        # the issue's bound, in float32
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=0, atol=1e-5)
 
 
 def test_a_finished_run_says_so_again_and_changes_nothing(finished, shards):
@@ -407,7 +437,7 @@ def test_the_same_command_gives_the_same_bytes(finished, shards, tmp_path):
 
 
 def stopped_and_started_again(shards, out, moments, how, arguments):
-    """Run train.py, end it by signal `how` once it has logged so many steps, for each of moments; then let it finish."""
+    """Run train.py, end it by signal `how` once each of `moments` steps is logged; then let it finish."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out), *arguments]
     for moment in moments:
@@ -431,14 +461,16 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_uninterrupted_one(finished, sha
         pytest.skip("Windows has no such signal")
     stopped_and_started_again(shards, tmp_path / "run", [3, 9], how, [*SMALL, "--save_every", "4"])
     assert digest(tmp_path / "run") == digest(finished[1])
-    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 13)), "the log has a gap or a repeat"
-    assert log_of(tmp_path / "run")[-1]["val_bits_per_byte"] == log_of(finished[1])[-1]["val_bits_per_byte"]
+    log = log_of(tmp_path / "run")
+    assert [line["step"] for line in log] == list(range(1, 13)), "the log has a gap or a repeat"
+    assert log[-1]["val_bits_per_byte"] == log_of(finished[1])[-1]["val_bits_per_byte"]
 
 
 @pytest.mark.slow
 def test_a_dozen_kills_inside_steps_and_saves_change_nothing(finished, shards, tmp_path):
     rng = random.Random(0)
-    arguments = [*SMALL, "--steps", "60", "--save_every", "1"]  # most of the time goes into saving: most kills fall into it
+    # most of the time goes into saving: most kills fall into it
+    arguments = [*SMALL, "--steps", "60", "--save_every", "1"]
     run_train(shards, tmp_path / "whole", *arguments)
     moments = sorted(rng.randrange(1, 60) for _ in range(12))
     stopped_and_started_again(shards, tmp_path / "run", moments, signal.SIGKILL, arguments)
@@ -448,14 +480,16 @@ def test_a_dozen_kills_inside_steps_and_saves_change_nothing(finished, shards, t
 
 
 def test_two_processes_give_the_losses_of_one(shards, tmp_path):
-    arguments = [*SMALL, "--steps", "20", "--micro_batch_size", "2", "--seq_len", "500"]  # two epochs: each has a partial window
+    # two epochs: each has a partial window
+    arguments = [*SMALL, "--steps", "20", "--micro_batch_size", "2", "--seq_len", "500"]
     run_train(shards, tmp_path / "one", *arguments)
     run_train(shards, tmp_path / "two", *arguments, processes=2)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len({line["targets"] for line in one}) > 1, "the shard's last, partial window should be among them"
     for a, b in zip(one, two, strict=True):
         assert a["targets"] == b["targets"]
-        assert a["loss_nats_per_token"] == pytest.approx(b["loss_nats_per_token"], rel=1e-4)  # the issue's bound
+        # the issue's bound
+        assert a["loss_nats_per_token"] == pytest.approx(b["loss_nats_per_token"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert one[-1]["val_bits_per_byte"] == pytest.approx(two[-1]["val_bits_per_byte"], rel=1e-4)
 
@@ -465,7 +499,8 @@ def test_a_run_begun_with_one_process_goes_on_with_two(shards, tmp_path):
     arguments = [*SMALL, "--save_every", "6"]
     run_train(shards, tmp_path / "whole", *arguments)
     stopped_and_started_again  # noqa: B018
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(tmp_path / "run"), *arguments]
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(tmp_path / "run"),
+               *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "run").glob("state/step_*6")) and process.poll() is None:
         time.sleep(0.002)
@@ -502,14 +537,16 @@ def one_process_of_two(rank, port, folder, queue):
 def test_nan_on_one_process_stops_both_before_a_weight_is_touched(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue, port = context.Queue(), random.randint(20000, 60000)
-    processes = [context.Process(target=one_process_of_two, args=(rank, port, str(tmp_path), queue)) for rank in range(2)]
+    processes = [context.Process(target=one_process_of_two, args=(rank, port, str(tmp_path), queue))
+                 for rank in range(2)]
     for process in processes:
         process.start()
     results = sorted(queue.get(timeout=120) for _ in processes)
     for process in processes:
         process.join(timeout=60)
     for rank, error, untouched, total in results:
-        assert "not finite" in error and untouched, f"process {rank} went on: the other one would now wait for ever"
+        assert "not finite" in error and untouched, \
+            f"process {rank} went on: the other one would now wait for ever"
     assert results[0][3] == results[1][3], "the processes began with different weights"
 
 
@@ -518,12 +555,13 @@ def test_a_compiled_model_learns_the_same_and_keeps_its_names(shards, tmp_path):
     run_train(shards, tmp_path / "plain", *SMALL, "--no-compile")
     run_train(shards, tmp_path / "compiled", *SMALL, "--compile")
     for a, b in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
-        assert a["loss_nats_per_token"] == pytest.approx(b["loss_nats_per_token"], rel=1e-4)  # float32 in another order
+        # float32 in another order
+        assert a["loss_nats_per_token"] == pytest.approx(b["loss_nats_per_token"], rel=1e-4)
     header = (tmp_path / "compiled" / "model.safetensors").read_bytes()[:8192]
     assert b"_orig_mod" not in header and b"module." not in header
 
 
-# ---- when something is wrong -----------------------------------------------------------------------------------------
+# ---- when something is wrong -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -572,7 +610,8 @@ def test_a_tokenizer_that_did_not_make_the_shards_is_refused(monkeypatch, capsys
     assert code == 2 and "is not the tokenizer that made the shards" in errors
 
 
-def test_a_folder_that_is_not_a_run_is_never_touched_even_with_overwrite(monkeypatch, capsys, shards, tmp_path):
+def test_a_folder_that_is_not_a_run_is_never_touched_even_with_overwrite(monkeypatch, capsys, shards,
+                                                                         tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     for extra in ([], ["--overwrite"]):
         code, errors = in_process(monkeypatch, capsys, shards, tmp_path, *SMALL, *extra)
@@ -580,12 +619,14 @@ def test_a_folder_that_is_not_a_run_is_never_touched_even_with_overwrite(monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.txt"]
 
 
-def test_a_run_of_other_settings_is_refused_and_overwritten_only_when_asked(monkeypatch, capsys, finished, shards, tmp_path):
+def test_a_run_of_other_settings_is_refused_and_overwritten_only_when_asked(monkeypatch, capsys, finished,
+                                                                            shards, tmp_path):
     out = copy_of(finished[1], tmp_path)
     before = digest(out)
     code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--seed", "1", "--save_every", "4")
     assert code == 2 and "seed 0, not 1" in errors and digest(out) == before
-    assert json.loads((out / "settings.json").read_text(encoding="utf-8"))["seed"] == 0, "settings.json must stay that run's"
+    kept = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    assert kept["seed"] == 0, "settings.json must stay that run's"
     code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--seed", "1", "--overwrite")
     assert code == 0 and digest(out) != before
 
@@ -601,6 +642,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_no_state(finished, shards, tmp_p
 
     done = run_train(shards, out, *arguments, check=False, preexec_fn=almost_full)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and last.startswith("error: ") and "Traceback" not in done.stderr, \
+        done.stderr[-2000:]
     run_train(shards, out, *arguments)
     assert digest(out) == digest(finished[1])

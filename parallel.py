@@ -54,6 +54,17 @@ class Env:
             return flag
         return bool(self.all_reduce(torch.tensor(float(flag), device=self.scalar_device)))
 
+    def first(self, action):
+        """Call action() on process 0, while the others wait. Where it fails, all end, instead of waiting for ever."""
+        failure = None
+        if self.rank == 0:
+            try:
+                action()
+            except Exception as error:  # raised again below, once the others know
+                failure = error
+        if self.any(failure is not None):
+            raise failure or SystemExit(2)
+
     def say(self, *words):
         if self.rank == 0:
             tqdm.write(" ".join(map(str, words)))
@@ -97,7 +108,8 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU has it") if native else ("fp16", "the GPU has no bf16; losses are scaled")
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # (an older torch has no such function)
+    if device.type == "cpu" and capabilities.get("amx_bf16"):
         return "bf16", "the CPU has AMX"
     return "fp32", f"bf16 does not pay on this {device.type}"
 

@@ -44,8 +44,8 @@ from parallel import Env, parallelize, reduce_gradients, setup
 
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
     "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
-    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=256, batch_size=8, steps=1000, lr=0.02,
-                  adam_lr=3e-3),
+    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=128, batch_size=16, steps=1000, lr=0.02,
+                  adam_lr=3e-3, bigram_steps=50),
     "124m": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, batch_size=512, steps=5000, lr=0.02,
                  adam_lr=1e-3),
     "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, seq_len=2048, batch_size=512,
@@ -292,7 +292,7 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
     """
     env = env or setup(settings)
     folder = Path(settings.out)
-    model = parallelize(model.to(env.device), env)
+    model = parallelize(model.to(env.device).train(), env)
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(env.device.type) if env.precision == "fp16" else None
     accumulate = micro_batches_a_step(settings, env)
@@ -318,12 +318,11 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
                          "val_bits_per_byte": result["bits_per_byte"]}
             log.write(line)
             if last or stopping or (step + 1) % settings.save_every == 0:
-                save(folder, step + 1, model, optimizer, scaler, identity, log, env)
+                env.first(lambda: save(folder, step + 1, model, optimizer, scaler, identity, log))
             if stopping and not last:
                 stop.exit(f"stopped after step {step + 1} of {settings.steps}; "
                           f"the same command goes on from there", env)
-    if env.rank == 0:
-        save_model(model, tokenizer, folder)
+    env.first(lambda: save_model(model, tokenizer, folder))
     return log.last
 
 
@@ -345,14 +344,9 @@ def seed_step(seed: int, step: int, rank: int):
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log, env):
-    """Write state/step_<n>: weights, moments, and what `load` must know.
-
-    Process 0 writes; the log is safe on disk before.
-    """
-    if env.rank > 0:
-        return
-    log.sync()
+def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log):
+    """Write state/step_<n>: weights, moments, and what `load` must know; by process 0, whatever their number."""
+    log.sync()  # first: a state must never know of a step that the log has lost
     names = {p: name for name, p in model.named_parameters()}  # a tied head has one name, and is written once
     weights = {name: p.detach() for p, name in names.items()}
     moments = {f"{names[p]}.{key}": value
@@ -425,7 +419,7 @@ class Log:
             self.file.flush()
 
     def sync(self):
-        """Wait until all lines are on the disk: a state must never know of a step that the log has lost."""
+        """Wait until all lines are on the disk."""
         os.fsync(self.file.fileno())
 
 
@@ -457,11 +451,12 @@ def describe(line: dict) -> str:
 class stop_signals:
     """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved.
 
-    The second one stops at once.
+    One more, a second or later, stops at once. (Under torchrun each Ctrl-C arrives twice, from the terminal and
+    from torchrun, within milliseconds.)
     """
 
     def __enter__(self):
-        self.signal, self.old = 0, {}
+        self.signal, self.when, self.old = 0, 0.0, {}
         for number in (signal.SIGINT, signal.SIGTERM):
             self.old[number] = signal.signal(number, self.note)
         return self
@@ -471,9 +466,9 @@ class stop_signals:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.signal:
+        if self.signal and time.monotonic() - self.when > 1:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self.when = number, time.monotonic()
 
     def __bool__(self):
         return self.signal != 0
@@ -524,36 +519,28 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
 
 
 def prepare_data(settings: Settings, env: Env):
-    """Make the default shards if they are missing, by the command a reader would type; the others wait."""
-    missing = not (Path(settings.data) / "meta.json").exists()
-    if missing and settings.data == Settings.data and env.rank == 0:
-        command = [sys.executable, str(Path(__file__).with_name("data.py")), "--out", settings.data]
-        env.say(f"no tokens in {settings.data} yet: python data.py --out {settings.data}")
-        # its own process: its workers need no torch, and its memory is given back
-        result = subprocess.run(command)
-        if result.returncode:
-            raise UserError(f"data.py ended with exit code {result.returncode}; see its message above")
-    env.any(False)
+    """Make the default shards if they are missing, by the command that a reader would type."""
+    if settings.data != Settings.data or (Path(settings.data) / "meta.json").exists():
+        return
+    env.say(f"no tokens in {settings.data} yet: python data.py --out {settings.data}")
+    command = [sys.executable, str(Path(__file__).with_name("data.py")), "--out", settings.data]
+    result = subprocess.run(command)  # its own process: its workers need no torch, and its memory is given back
+    if result.returncode:
+        raise UserError(f"data.py ended with exit code {result.returncode}; see its message above")
 
 
-def open_run_folder(settings, env: Env) -> bool:
-    """Make settings.out, or refuse it; True if a run in it goes on.
-
-    Nothing that stands there is deleted without --overwrite.
-    """
+def open_run_folder(settings):
+    """Make settings.out, or refuse it: nothing that stands there is deleted without --overwrite."""
     folder = Path(settings.out)
-    if env.rank == 0:
-        ours = (folder / "settings.json").exists()
-        if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not a run folder; choose another --out")
-        if ours and settings.overwrite:
-            shutil.rmtree(folder)
-        if (folder / "model.safetensors").exists() and not any(folder.glob("state/step_*")):
-            raise UserError(f"{folder} holds a model but no state to go on from; "
-                            f"choose another --out, or pass --overwrite")
-        folder.mkdir(parents=True, exist_ok=True)
-    env.any(False)  # the others wait
-    return any(folder.glob("state/step_*"))
+    ours = (folder / "settings.json").exists()
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a run folder; choose another --out")
+    if ours and settings.overwrite:
+        shutil.rmtree(folder)
+    if (folder / "model.safetensors").exists() and not any(folder.glob("state/step_*")):
+        raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, "
+                        f"or pass --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def build_model(settings: Settings, vocab_size: int) -> Transformer:
@@ -566,7 +553,7 @@ def build_model(settings: Settings, vocab_size: int) -> Transformer:
 def main():
     settings = parse(Settings)
     env = setup(settings)
-    prepare_data(settings, env)
+    env.first(lambda: prepare_data(settings, env))
     micro = settings.batch_size // env.world_size // micro_batches_a_step(settings, env)
     place = {"rank": env.rank, "world_size": env.world_size, "verify": env.rank == 0}
     batches = Batches(settings.data, "train", micro, settings.seq_len, settings.seed, **place)
@@ -575,7 +562,8 @@ def main():
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
         raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
                         f"it; run data.py again")
-    goes_on = open_run_folder(settings, env)
+    env.first(lambda: open_run_folder(settings))
+    goes_on = any(Path(settings.out).glob("state/step_*"))
     model = build_model(settings, tokenizer.vocab_size)
     if env.rank == 0:
         show(settings)
@@ -585,15 +573,15 @@ def main():
             f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
     if settings.bigram_steps and not goes_on and env.rank == 0:
         bigram_start(model, batches.data, settings.bigram_steps)
-    text = {"vocab_size": tokenizer.vocab_size, "text": batches.meta["train"]["sha256"]}
+    text = {"vocab_size": tokenizer.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
     last = train(model, batches, next_token_loss, settings, env, tokenizer, validation, text)
     if env.rank == 0:
-        report(model, tokenizer, settings, last, batches.meta)
+        show_result(model, tokenizer, settings, last, batches.meta)
     if env.world_size > 1:
         dist.destroy_process_group()
 
 
-def report(model: Transformer, tokenizer: Tokenizer, settings: Settings, last: dict, meta: dict):
+def show_result(model: Transformer, tokenizer: Tokenizer, settings: Settings, last: dict, meta: dict):
     """Samples, then where the model is, and its held-out bits per byte beside those of the compressors."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(settings.seed)
     for prompt in settings.sample_prompts:

@@ -51,13 +51,15 @@ class Muon(torch.optim.Optimizer):
     def share_with_adamw(self):
         # the same dicts: a new lr is seen by both
         others = [group for group in self.param_groups if not group["muon"]]
-        self.adamw = torch.optim.AdamW(others, fused=True)
-        self.adamw.state = self.state  # one state for all: saving and loading need not know of the two
+        self.adamw = torch.optim.AdamW(others, fused=True) if others else None
+        if others:
+            self.adamw.state = self.state  # one for all: saving and loading need not know of the two
 
     @torch.no_grad()
     def step(self, closure=None):
         assert closure is None, "Muon takes its gradients from .grad"
-        self.adamw.step()
+        if self.adamw:
+            self.adamw.step()
         for group in self.param_groups:
             if group["muon"]:
                 self.step_matrices(group)

@@ -7,6 +7,8 @@ Every process holds the whole model, sees its own windows, and `reduce_gradients
 import contextlib
 import importlib.util
 import os
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 
@@ -60,7 +62,7 @@ class Env:
         if self.rank == 0:
             try:
                 action()
-            except Exception as error:  # raised again below, once the others know
+            except BaseException as error:  # raised again below, once the others know
                 failure = error
         if self.any(failure is not None):
             raise failure or SystemExit(2)
@@ -68,14 +70,19 @@ class Env:
     def say(self, *words):
         if self.rank == 0:
             tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()  # so that it stands before what a subprocess prints, also in a file
 
 
 def setup(settings) -> Env:
     """Join the other processes (torchrun says who we are), choose device, precision, compiler; say which."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, world_size)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                            f"pass a smaller --nproc-per-node to torchrun, or --device cpu")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world_size > 1 and not dist.is_initialized():
@@ -91,13 +98,15 @@ def setup(settings) -> Env:
     return env
 
 
-def choose_device(wanted: str) -> torch.device:
-    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+def choose_device(wanted: str, world_size: int = 1) -> torch.device:
+    """The device of that name; for "auto" the first there is of cuda, mps, cpu. UserError if there is none."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1,
+            "cpu": True}  # (gloo, which joins processes on a Mac, knows no mps tensors)
     if wanted == "auto":
-        wanted = next(name for name in ("cuda", "mps", "cpu") if have[name])
+        wanted = next(name for name in have if have[name])
     if not have[wanted]:
-        raise UserError(f"--device {wanted}: there is none here that torch {torch.__version__} can use; "
-                        f"pass --device auto")
+        raise UserError(f"--device {wanted}: there is none here that torch {torch.__version__} can use with "
+                        f"{world_size} process(es); pass --device auto")
     return torch.device(wanted)
 
 
@@ -119,8 +128,10 @@ def choose_compile(settings, device: torch.device) -> tuple[bool, str]:
         return settings.compile, "as asked"
     if device.type != "cuda":  # measured: half a minute to compile, then a tenth faster
         return False, f"repays itself on a {device.type} only in runs of many minutes; --compile asks for it"
-    if importlib.util.find_spec("triton") is None:
-        return False, "it needs triton, which is not installed"
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device)[0] < 7:
+        return False, "it needs triton, and a GPU that triton knows"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return False, "it needs a C compiler"
     if settings.steps < 300:  # by steps, not by the clock: the choice changes the last bits of the result
         return False, "too few steps to repay it"
     return True, "triton is here, and the run is long enough to repay it"
@@ -128,7 +139,7 @@ def choose_compile(settings, device: torch.device) -> tuple[bool, str]:
 
 def measure_peak(env: Env) -> float:
     """FLOP/s of a plain matrix product in this precision: the bound that training is measured against."""
-    n = 8192 if env.device.type == "cuda" else 1024
+    n = {"cuda": 8192, "mps": 4096}.get(env.device.type, 1024 if env.precision == "fp32" else 512)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[env.precision]
     a = torch.ones(n, n, dtype=dtype, device=env.device)
     seconds = []

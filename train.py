@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from checkpoint import load_state, save_model, save_state
+from checkpoint import load_state, save_model, save_state, states
 from config import UserError, open_whole, parse, require, run, show, to_json
 from data import IGNORE, Batches
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
@@ -44,8 +44,8 @@ from parallel import Env, parallelize, reduce_gradients, setup
 
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
     "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
-    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=128, batch_size=16, steps=1000, lr=0.02,
-                  adam_lr=3e-3, bigram_steps=50),
+    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=128, batch_size=16, steps=900, lr=0.02,
+                  adam_lr=8e-3, bigram_steps=50),
     "124m": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, batch_size=512, steps=5000, lr=0.02,
                  adam_lr=1e-3),
     "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, seq_len=2048, batch_size=512,
@@ -101,15 +101,18 @@ class Settings:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.max_seq_len = self.max_seq_len or self.seq_len
-        self.bigram_steps = self.bigram_steps or 0
-        self.eval_stride = self.eval_stride or max(1, self.seq_len // 2)
-        at_least_one = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "seq_len", "batch_size",
-                        "micro_batch_size", "steps", "save_every")
-        require(self, **{name: (1, None) for name in at_least_one}, warmup_steps=(0, None),
-                decay_share=(0, 1), weight_decay=(0, 10), betas=(0, 1), clip=(0, None), lr=(0, 10),
-                adam_lr=(0, 10), eval_every=(0, None), eval_stride=(1, self.seq_len),
+        own = {"max_seq_len": self.seq_len, "bigram_steps": 0, "eval_stride": max(1, self.seq_len // 2)}
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "batch_size",
+                 "micro_batch_size", "steps", "save_every")
+        require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), eval_stride=(1, self.seq_len),
+                warmup_steps=(0, None), decay_share=(0, 1), weight_decay=(0, 10), betas=(0, 0.999999),
+                eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None),
                 bigram_steps=(0, None), seed=(0, 2 ** 63 - 1))
+        if "" in self.sample_prompts:
+            raise UserError("--sample_prompts has an empty one; name at least a character to go on from")
         if self.seq_len > self.max_seq_len:
             raise UserError(f"seq_len {self.seq_len} exceeds max_seq_len {self.max_seq_len} of this model; "
                             f"pass a shorter --seq_len or a larger --max_seq_len")
@@ -117,7 +120,7 @@ class Settings:
 
 # Settings that may differ between the parts of one run: they say where and how to compute, not what
 FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "compile", "device",
-        "eval_every", "save_every", "sample_prompts"}
+        "eval_stride", "eval_every", "save_every", "sample_prompts"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,6 +133,7 @@ def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[T
     batch: inputs (B, T) and targets (B, T), the inputs shifted by one.
     """
     inputs, targets = batch
+    assert type(model.lm_head) is nn.Linear, "this loss reads the head's weight, and passes over what wraps it"
     hidden = model.model(inputs).flatten(0, 1)  # (B, T, C) -> (B T, C)
     loss_sum = LinearCrossEntropy.apply(hidden, model.lm_head.weight, targets.flatten(),
                                         torch.is_grad_enabled())
@@ -177,6 +181,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, scale: Tensor):
         hidden_grad, weight_grad = ctx.saved_tensors
         return hidden_grad * scale, weight_grad * scale, None, None
@@ -223,6 +228,7 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
 
     Raises UserError where loss or gradient is not finite, before a weight is touched.
     """
+    optimizer.zero_grad()
     loss_sum = torch.zeros((), dtype=torch.float64, device=env.scalar_device)
     count = torch.zeros_like(loss_sum)
     scale = scaler.scale if scaler else lambda loss: loss
@@ -230,8 +236,8 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
         with env.autocast():
             micro_loss, micro_count = loss_fn(model, env.to_device(batch))
         scale(micro_loss).backward()
-        loss_sum += micro_loss.detach()
-        count += micro_count
+        loss_sum += micro_loss.detach().to(loss_sum.device)
+        count += micro_count.to(count.device)
     loss_sum, count = env.all_reduce(torch.stack((loss_sum, count))).tolist()
     reduce_gradients(model, env)
     if scaler:
@@ -240,18 +246,16 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
     torch._foreach_div_(gradients, max(count, 1))
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf))
     finite = math.isfinite(loss_sum) and math.isfinite(norm)
-    if not finite and not scaler:
+    if not finite and (scaler is None or scaler.get_scale() < 1):  # no smaller scale will help
         raise UserError(f"{'loss' if not math.isfinite(loss_sum) else 'gradient'} is not finite "
                         f"at lr {lr:.2e}; no weight was touched. "
                         f"A lower --lr or more --warmup_steps may help")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+    if finite:
+        scaler.step(optimizer) if scaler else optimizer.step()
     if scaler:
-        scaler.step(optimizer)  # does nothing where unscale_ found an overflow
-        scaler.update()
-    else:
-        optimizer.step()
-    optimizer.zero_grad()
+        scaler.update(None if finite else scaler.get_scale() / 2)
     return {"loss": loss_sum / max(count, 1), "targets": int(count), "grad_norm": norm, "skipped": not finite}
 
 
@@ -270,7 +274,7 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
         # eager: not worth compiling once more, without gradients
         with env.autocast(), torch.compiler.set_stance("force_eager"):
             loss_sum, count = loss_fn(model, env.to_device(batches.in_order(step)))
-        totals += torch.stack((loss_sum.double(), count.double())).to(totals.device)
+        totals += torch.stack([x.to(totals.device).double() for x in (loss_sum, count)])
     model.train(was_training)
     loss_sum, count = env.all_reduce(totals).tolist()
     return {"loss": loss_sum / count, "bits_per_byte": loss_sum / math.log(2) / batches.text_bytes,
@@ -281,27 +285,29 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
 # The loop
 
 
-def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, text=None) -> dict:
+def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None,
+          corpus=None) -> dict:
     """Train `model` in place for settings.steps updates, save it to settings.out; return the log's last line.
 
     batches: `.at(step)` gives a micro-batch; accumulation takes several.
     loss_fn: loss_fn(model, batch) -> (loss_sum, count).
     validation: batches for `evaluate`.
-    text: what else must be equal for a state in settings.out to be continued, beside the settings that are
+    corpus: what else must be equal for a state in settings.out to be continued, beside the settings that are
     not FREE; a state of another run is refused.
     """
     env = env or setup(settings)
     folder = Path(settings.out)
     model = parallelize(model.to(env.device).train(), env)
     optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(env.device.type) if env.precision == "fp16" else None
+    scaler = torch.amp.GradScaler(env.device.type, init_scale=2 ** 10) if env.precision == "fp16" else None
     accumulate = micro_batches_a_step(settings, env)
-    identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | (text or {})
+    identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | (corpus or {})
     start = load(folder, model, optimizer, scaler, identity, env)
-    log = Log(folder, start, settings, env)
+    log = Log()
+    env.first(lambda: log.open(folder, start, settings))
     progress = tqdm(range(start, settings.steps), desc="train", initial=start, total=settings.steps,
                     unit="step", disable=env.rank > 0, dynamic_ncols=True, smoothing=0.05)
-    with stop_signals() as stop:
+    with contextlib.closing(log), stop_signals() as stop:
         for step in progress:
             began = time.perf_counter()
             seed_step(settings.seed, step, env.rank)
@@ -311,8 +317,8 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
             line = log_line(step, lr, report, batches, time.perf_counter() - began, model, settings, env)
             progress.set_postfix_str(describe(line))
             last, stopping = step + 1 == settings.steps, env.any(bool(stop))
-            if validation is not None and (last or (settings.eval_every
-                                                    and (step + 1) % settings.eval_every == 0)):
+            due = last or (settings.eval_every and (step + 1) % settings.eval_every == 0)
+            if validation is not None and due:
                 result = evaluate(model, validation, loss_fn, env)
                 line |= {"val_loss_nats_per_token": result["loss"],
                          "val_bits_per_byte": result["bits_per_byte"]}
@@ -320,8 +326,8 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
             if last or stopping or (step + 1) % settings.save_every == 0:
                 env.first(lambda: save(folder, step + 1, model, optimizer, scaler, identity, log))
             if stopping and not last:
-                stop.exit(f"stopped after step {step + 1} of {settings.steps}; "
-                          f"the same command goes on from there", env)
+                same = "the same command" + " without --overwrite" * settings.overwrite
+                stop.exit(f"stopped after step {step + 1} of {settings.steps}; {same} goes on from there", env)
     env.first(lambda: save_model(model, tokenizer, folder))
     return log.last
 
@@ -341,7 +347,7 @@ def micro_batches_a_step(settings: Settings, env) -> int:
 
 def seed_step(seed: int, step: int, rank: int):
     """Randomness of a step (dropout, say) follows from (seed, step, rank): no generator need be saved."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2 ** 63)
 
 
 def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log):
@@ -359,7 +365,9 @@ def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log)
 def load(folder: Path, model, optimizer, scaler, identity: dict, env) -> int:
     """Put the newest whole state in `folder` into model and optimizer; return the steps done, 0 if none."""
     state = load_state(folder / "state", say=env.say)
-    if state is None:
+    if env.any(state is None):
+        if env.any(state is not None):
+            raise UserError(f"the processes see different states in {folder}; --out must be on a disk they share")
         return 0
     step, tensors, extra = state
     check_identity(folder, extra["identity"], identity)
@@ -389,49 +397,54 @@ def check_identity(folder: Path, found: dict, wanted: dict):
 
 
 class Log:
-    """log.jsonl: one line a step, without gap or repeat.
+    """log.jsonl: one line a step, without gap or repeat. Process 0 opens it; on the others it only remembers."""
 
-    Lines after the state that we continue from are taken back first.
-    """
+    def __init__(self):
+        self.file, self.last = None, None
 
-    def __init__(self, folder: Path, steps_done: int, settings, env: Env):
-        self.path, self.file, self.last = folder / "log.jsonl", None, None
-        if env.rank > 0:
-            return
-        kept = []
-        if self.path.exists():
-            for text in self.path.read_text(encoding="utf-8").splitlines():
+    def open(self, folder: Path, steps_done: int, settings):
+        """Go on after `steps_done`: the lines of later steps, which no state knows of, are taken back."""
+        path, kept = folder / "log.jsonl", []
+        if path.exists():
+            for text in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # a kill may have cut the last line short
                     if json.loads(text)["step"] <= steps_done:
                         kept.append(text)
+        if [json.loads(text)["step"] for text in kept] != list(range(1, steps_done + 1)):
+            raise UserError(f"{path} lacks some of the {steps_done} steps that are done; put it back, "
+                            f"or pass --overwrite")
         self.last = json.loads(kept[-1]) if kept else None
         folder.mkdir(parents=True, exist_ok=True)
         with open_whole(folder / "settings.json", "w") as file:
-            file.write(to_json(settings))
-        with open_whole(self.path, "w") as file:
+            file.write(to_json(replace(settings, overwrite=False)))
+        with open_whole(path, "w") as file:
             file.writelines(text + "\n" for text in kept)
-        self.file = open(self.path, "a", encoding="utf-8", newline="\n")
+        self.file = open(path, "a", encoding="utf-8", newline="\n")
 
     def write(self, line: dict):
         self.last = line
         if self.file:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
 
     def sync(self):
         """Wait until all lines are on the disk."""
         os.fsync(self.file.fileno())
 
+    def close(self):
+        if self.file:
+            self.file.close()
+
 
 def log_line(step, lr, report, batches, seconds, model, settings, env) -> dict:
     tokens = settings.batch_size * settings.seq_len
-    line = {"step": step + 1, "loss_nats_per_token": report["loss"], "lr": lr,
-            "grad_norm": report["grad_norm"], "targets": report["targets"],
+    loss, norm = (x if math.isfinite(x) else None for x in (report["loss"], report["grad_norm"]))  # JSON has no inf
+    line = {"step": step + 1, "loss_nats_per_token": loss, "lr": lr, "grad_norm": norm, "targets": report["targets"],
             "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 4)}
     if report["skipped"]:
         line["skipped"] = True
-    if hasattr(batches, "text_bytes"):
-        line["bits_per_byte"] = report["loss"] / math.log(2) * batches.tokens / batches.text_bytes
+    if hasattr(batches, "text_bytes") and loss is not None:
+        line["bits_per_byte"] = loss / math.log(2) * batches.tokens / batches.text_bytes
     if env.peak_flops and hasattr(model, "config"):
         flops = estimate_flops(model.config, settings.seq_len) * tokens / seconds
         line["share_of_peak"] = round(flops / (env.peak_flops * env.world_size), 4)
@@ -439,6 +452,8 @@ def log_line(step, lr, report, batches, seconds, model, settings, env) -> dict:
 
 
 def describe(line: dict) -> str:
+    if line.get("skipped"):
+        return "skipped: overflow, the loss scale is halved"
     words = [f"loss {line['loss_nats_per_token']:.3f}"]
     if "bits_per_byte" in line:
         words.append(f"{line['bits_per_byte']:.3f} bits/byte")
@@ -451,8 +466,8 @@ def describe(line: dict) -> str:
 class stop_signals:
     """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved.
 
-    One more, a second or later, stops at once. (Under torchrun each Ctrl-C arrives twice, from the terminal and
-    from torchrun, within milliseconds.)
+    One more, a second or later, stops at once. (A launcher may pass on the Ctrl-C that the terminal has sent to
+    all, so two within a second are one.)
     """
 
     def __enter__(self):
@@ -466,9 +481,10 @@ class stop_signals:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.signal and time.monotonic() - self.when > 1:
+        if not self.signal:
+            self.signal, self.when = number, time.monotonic()
+        elif time.monotonic() - self.when > 1:
             raise KeyboardInterrupt
-        self.signal, self.when = number, time.monotonic()
 
     def __bool__(self):
         return self.signal != 0
@@ -491,9 +507,11 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
     at a time. But the loss over a whole corpus depends on it only through how often b follows a:
     sum_ab count(a, b) log p(b | a). One step here sees all tokens at the price of V.
 
-    tokens: 1-D array of ids. Takes V^2 floats of memory. Adam with a linear decay; head from zero.
+    tokens: 1-D array of ids. Takes 12 V^2 bytes of memory. Adam with a linear decay; head from zero.
     """
     V = model.config.vocab_size
+    if V > 16384:
+        raise UserError(f"bigrams of {V} tokens take {12 * V * V / 2 ** 30:.0f} GiB to count; pass --bigram_steps 0")
     counts = torch.zeros(V * V)
     for start in range(0, len(tokens) - 1, 2 ** 24):  # bounded memory
         chunk = torch.as_tensor(tokens[start:start + 2 ** 24 + 1].astype("int64"))
@@ -520,7 +538,7 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
 
 def prepare_data(settings: Settings, env: Env):
     """Make the default shards if they are missing, by the command that a reader would type."""
-    if settings.data != Settings.data or (Path(settings.data) / "meta.json").exists():
+    if Path(settings.data) != Path(Settings.data) or (Path(settings.data) / "meta.json").exists():
         return
     env.say(f"no tokens in {settings.data} yet: python data.py --out {settings.data}")
     command = [sys.executable, str(Path(__file__).with_name("data.py")), "--out", settings.data]
@@ -529,18 +547,33 @@ def prepare_data(settings: Settings, env: Env):
         raise UserError(f"data.py ended with exit code {result.returncode}; see its message above")
 
 
+MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+               "tokenizer_config.json")
+
+
 def open_run_folder(settings):
-    """Make settings.out, or refuse it: nothing that stands there is deleted without --overwrite."""
+    """Make settings.out, or refuse it: nothing there is deleted without --overwrite, and then only a run's files."""
     folder = Path(settings.out)
-    ours = (folder / "settings.json").exists()
-    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not a run folder; choose another --out")
-    if ours and settings.overwrite:
-        shutil.rmtree(folder)
-    if (folder / "model.safetensors").exists() and not any(folder.glob("state/step_*")):
+    if settings.overwrite and is_run(folder):
+        shutil.rmtree(folder / "state", ignore_errors=True)
+        for name in (*MODEL_FILES, "log.jsonl"):  # settings.json stays: after a kill here it is still a run
+            (folder / name).unlink(missing_ok=True)
+    elif folder.exists() and not is_run(folder):
+        if not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir()):
+            raise UserError(f"{folder} exists and is not a run folder; choose another --out")
+    if any((folder / name).exists() for name in MODEL_FILES) and not states(folder / "state"):
         raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, "
                         f"or pass --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run of ours stands there: other programs have a settings.json too."""
+    try:
+        content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"preset", "steps", "data", "out"} <= content.keys()
 
 
 def build_model(settings: Settings, vocab_size: int) -> Transformer:
@@ -553,6 +586,15 @@ def build_model(settings: Settings, vocab_size: int) -> Transformer:
 def main():
     settings = parse(Settings)
     env = setup(settings)
+    try:
+        pretrain(settings, env)
+    finally:
+        if env.world_size > 1:
+            dist.destroy_process_group()
+
+
+def pretrain(settings: Settings, env: Env):
+    """The main job on one process: refuse what is wrong, make what is missing, train, show."""
     env.first(lambda: prepare_data(settings, env))
     micro = settings.batch_size // env.world_size // micro_batches_a_step(settings, env)
     place = {"rank": env.rank, "world_size": env.world_size, "verify": env.rank == 0}
@@ -560,25 +602,22 @@ def main():
     validation = Batches(settings.data, "val", micro, settings.seq_len, stride=settings.eval_stride, **place)
     tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
-        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
-                        f"it; run data.py again")
-    env.first(lambda: open_run_folder(settings))
-    goes_on = any(Path(settings.out).glob("state/step_*"))
+        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside it; "
+                        f"run data.py again")
     model = build_model(settings, tokenizer.vocab_size)
+    env.first(lambda: open_run_folder(settings))  # last of all that can refuse: --overwrite deletes here
     if env.rank == 0:
         show(settings)
     tokens = settings.steps * settings.batch_size * settings.seq_len
     env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, "
             f"{tokens / batches.tokens:.2f} epochs, "
             f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
-    if settings.bigram_steps and not goes_on and env.rank == 0:
-        bigram_start(model, batches.data, settings.bigram_steps)
-    text = {"vocab_size": tokenizer.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
-    last = train(model, batches, next_token_loss, settings, env, tokenizer, validation, text)
+    if settings.bigram_steps and not states(Path(settings.out) / "state"):
+        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps))
+    corpus = {"vocab_size": tokenizer.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
+    last = train(model, batches, next_token_loss, settings, env, tokenizer, validation, corpus)
     if env.rank == 0:
         show_result(model, tokenizer, settings, last, batches.meta)
-    if env.world_size > 1:
-        dist.destroy_process_group()
 
 
 def show_result(model: Transformer, tokenizer: Tokenizer, settings: Settings, last: dict, meta: dict):

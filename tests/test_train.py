@@ -70,8 +70,8 @@ def shards(tmp_path_factory):
 
 def run_train(shards, out, *arguments, processes=1, check=True, **options):
     """train.py as a user runs it; the finished process, with its output."""
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-                                          "--master-port", str(random.randint(20000, 60000))]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = launcher if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out),
                *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
@@ -455,10 +455,11 @@ def stopped_and_started_again(shards, out, moments, how, arguments):
     return run_train(shards, out, *arguments)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_a_stopped_run_ends_with_the_bytes_of_an_uninterrupted_one(finished, shards, tmp_path, how):
-    if os.name == "nt" and how != signal.SIGTERM:
-        pytest.skip("Windows has no such signal")
+    if os.name == "nt":
+        pytest.skip("Windows cannot send these signals to a process")
+    how = getattr(signal, how)
     stopped_and_started_again(shards, tmp_path / "run", [3, 9], how, [*SMALL, "--save_every", "4"])
     assert digest(tmp_path / "run") == digest(finished[1])
     log = log_of(tmp_path / "run")
@@ -498,7 +499,6 @@ def test_two_processes_give_the_losses_of_one(shards, tmp_path):
 def test_a_run_begun_with_one_process_goes_on_with_two(shards, tmp_path):
     arguments = [*SMALL, "--save_every", "6"]
     run_train(shards, tmp_path / "whole", *arguments)
-    stopped_and_started_again  # noqa: B018
     command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(tmp_path / "run"),
                *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -646,3 +646,52 @@ def test_a_full_disk_ends_in_one_line_and_loses_no_state(finished, shards, tmp_p
         done.stderr[-2000:]
     run_train(shards, out, *arguments)
     assert digest(out) == digest(finished[1])
+
+
+def test_overwrite_deletes_nothing_before_the_new_settings_are_known_to_be_good(
+        monkeypatch, capsys, finished, shards, tmp_path):
+    out = copy_of(finished[1], tmp_path)
+    before = digest(out)
+    wrong = ["--overwrite", "--dim", "30", "--n_heads", "4"]
+    code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, *wrong)
+    assert code == 2 and "dim 30" in errors and digest(out) == before
+
+
+def test_overwrite_deletes_only_what_a_run_writes(monkeypatch, capsys, finished, shards, tmp_path):
+    out = copy_of(finished[1], tmp_path)
+    (out / "notes.md").write_text("keep me", encoding="utf-8")
+    code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--seed", "3", "--overwrite")
+    assert code == 0 and (out / "notes.md").read_text(encoding="utf-8") == "keep me"
+    assert json.loads((out / "settings.json").read_text(encoding="utf-8"))["overwrite"] is False, \
+        "--config with this file would delete the run"
+    editor = tmp_path / "editor"  # another program's settings.json makes no run
+    editor.mkdir()
+    (editor / "settings.json").write_text("{}", encoding="utf-8")
+    (editor / "model.safetensors").write_text("not ours", encoding="utf-8")
+    code, errors = in_process(monkeypatch, capsys, shards, editor, *SMALL, "--overwrite")
+    assert code == 2 and (editor / "model.safetensors").read_text(encoding="utf-8") == "not ours"
+
+
+def test_a_kill_inside_the_first_save_or_before_it_is_a_start_from_nothing(
+        monkeypatch, capsys, shards, tmp_path):
+    for name in ("whole", "killed"):
+        if name == "killed":
+            (tmp_path / name / "state" / "step_00000003.tmp").mkdir(parents=True)
+            (tmp_path / name / "settings.json").write_bytes((tmp_path / "whole" / "settings.json").read_bytes())
+        code, errors = in_process(monkeypatch, capsys, shards, tmp_path / name, *SMALL, "--bigram_steps", "5")
+        assert code == 0, errors
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole"), "was the bigram start left out?"
+
+
+def test_the_largest_seed_that_is_allowed_works(monkeypatch, capsys, shards, tmp_path):
+    largest = ["--seed", str(2 ** 63 - 1), "--steps", "2"]
+    code, errors = in_process(monkeypatch, capsys, shards, tmp_path / "run", *SMALL, *largest)
+    assert code == 0, errors
+
+
+def test_a_log_that_lost_lines_is_not_continued(monkeypatch, capsys, finished, shards, tmp_path):
+    out = copy_of(finished[1], tmp_path)
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:5] + lines[6:]), encoding="utf-8")
+    code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4")
+    assert code == 2 and "lacks some of the 12 steps" in errors

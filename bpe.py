@@ -189,8 +189,8 @@ HELD_BACK = 8     # pre-tokens at the end of a window that the text behind it ma
 def compile_pattern(pattern):
     """The compiled pattern. Text that it leaves out becomes pre-tokens too, as in `tokenizers`.
 
-    What is a letter is for the Unicode tables of `regex` to say; libraries with older ones cut newer characters
-    differently.
+    What is a letter is for the Unicode tables of `regex` to say; libraries with older ones cut newer
+    characters differently.
     """
     try:
         groups = regex.compile(pattern).groups

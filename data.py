@@ -435,8 +435,8 @@ class Batches:
     every token but the first is a target exactly once. The last window is filled up with end-of-text, its
     targets with -100. The file is mapped, not read: it may be larger than memory.
 
-    stride: how far apart windows begin, default T. With less they overlap, and what an earlier window has had as
-    a target is -100 in the next: every token is still a target once, but after at least T - stride others.
+    stride: how far apart windows begin, default T. With less they overlap, and what an earlier window has had
+    as a target is -100 in the next: every token is still a target once, but after at least T - stride others.
 
     Attributes: windows, tokens, text_bytes (UTF-8 of the split's documents), meta, and steps: how many calls
     of in_order cover the split. Raises UserError if the shard is missing, too short, or not what meta.json

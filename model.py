@@ -90,8 +90,9 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
     float32 throughout: in bfloat16 the positions beyond 256 would already be rounded.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim  # (D/2,)
-    frequencies = 1.0 / theta ** exponents  # theta ** -exponents has other last bits, which show at position 30,000
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    # (D/2,); theta ** -exponents would have other last bits, which show at position 30,000
+    frequencies = 1.0 / theta ** exponents
     angles = positions[..., None].float() * frequencies  # (..., T, D/2)
     return angles.cos(), angles.sin()
 
@@ -142,8 +143,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, K, T, D)
+        # (B, T, C) -> (B, H, T, D) for queries, (B, K, T, D) for keys and values
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
@@ -182,7 +184,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All but the head: ids (B, T) -> hidden states (B, T, C). Other heads stand on it too (a reward model's)."""
+    """All but the head: ids (B, T) -> hidden states (B, T, C). A reward model's head stands on it too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -211,7 +213,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model: Decoder and head. `model(ids)` gives the logits of the token after each position."""
+    """The language model: Decoder and head. `model(ids)`: the logits of the token after each position."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -299,7 +301,7 @@ class KVCache:
 class Generation:
     ids: Tensor  # (B, R) the new tokens only; after a row's stop token: that stop token again
     lengths: Tensor  # (B,) how many of them count, the stop token included
-    logps: Tensor  # (B, R) its log-probability in nats in the distribution it was drawn from; 0 after the stop
+    logps: Tensor  # (B, R) log-probability in nats, in the distribution drawn from; 0 after the stop
 
 
 def next_token_logps(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -310,9 +312,9 @@ def next_token_logps(logits: Tensor, temperature: float, top_k: int | None, top_
         return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
-        best = logits.topk(top_k, dim=-1)  # by index and not by value: equal logits must not let in more than k
+        best = logits.topk(top_k, dim=-1)  # by index, not by value: equal logits must not let in more
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
-    if top_p is not None and top_p < 1:  # the fewest likeliest tokens whose mass reaches p (Holtzman et al. 2020)
+    if top_p is not None and top_p < 1:  # the fewest tokens whose mass reaches p (Holtzman et al. 2020)
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)
         outside = probs.cumsum(dim=-1) - probs >= top_p  # the mass before this token is enough already
@@ -337,12 +339,12 @@ def generate_stream(model: Transformer, ids: Tensor | Sequence[Sequence[int]], m
         raise UserError(f"{T} prompt tokens and {max_new_tokens} new ones exceed max_seq_len "
                         f"{model.config.max_seq_len} of this model; shorten the prompt or ask for fewer")
     ids, mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that every row's next token is the last column
+    for row, prompt in enumerate(prompts):  # padded on the left: every row's next token is the last column
         ids[row, T - len(prompt):], mask[row, T - len(prompt):] = prompt, True
     ids, mask = ids.to(device), None if bool(mask.all()) else mask.to(device)
     cache = KVCache(model.config, B, T + max_new_tokens, next(model.parameters()).dtype, device)
     for _ in range(max_new_tokens):
-        hidden = model.model(ids, mask=mask, cache=cache)[:, -1]  # (B, T, C) -> (B, C): the last one needs logits
+        hidden = model.model(ids, mask=mask, cache=cache)[:, -1]  # (B, T, C) -> (B, C): the last alone counts
         logps = next_token_logps(model.lm_head(hidden), temperature, top_k, top_p)
         token = torch.multinomial(logps.exp(), 1, generator=generator)  # (B, 1)
         yield token[:, 0], logps.gather(1, token)[:, 0]
@@ -384,7 +386,7 @@ def generate(model: Transformer, ids: Tensor | Sequence[Sequence[int]], max_new_
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None):
     """Raise UserError where a sampling setting is out of its range."""
     if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature {temperature} is out of range; 0 is greedy, 1 samples the model as it is")
+        raise UserError(f"temperature {temperature} is out of range; 0 is greedy, 1 the model as it is")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k {top_k} is out of range; it must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:

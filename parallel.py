@@ -57,7 +57,7 @@ class Env:
         return bool(self.all_reduce(torch.tensor(float(flag), device=self.scalar_device)))
 
     def first(self, action):
-        """Call action() on process 0, while the others wait. Where it fails, all end, instead of waiting for ever."""
+        """Call action() on process 0, while the others wait. Where it fails, all end: none waits for ever."""
         failure = None
         if self.rank == 0:
             try:
@@ -80,8 +80,9 @@ def setup(settings) -> Env:
     if device.type == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                            f"pass a smaller --nproc-per-node to torchrun, or --device cpu")
+            raise UserError(f"process {local_rank} of this machine has no GPU: there are "
+                            f"{torch.cuda.device_count()}; pass torchrun a smaller --nproc-per-node, "
+                            f"or --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
@@ -99,7 +100,8 @@ def setup(settings) -> Env:
 
 
 def choose_device(wanted: str, world_size: int = 1) -> torch.device:
-    """The device of that name; for "auto" the first there is of cuda, mps, cpu. UserError if there is none."""
+    """The device of that name; for "auto" the first there is of cuda, mps, cpu. UserError if there is none.
+    """
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1,
             "cpu": True}  # (gloo, which joins processes on a Mac, knows no mps tensors)
     if wanted == "auto":

@@ -133,7 +133,7 @@ def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[T
     batch: inputs (B, T) and targets (B, T), the inputs shifted by one.
     """
     inputs, targets = batch
-    assert type(model.lm_head) is nn.Linear, "this loss reads the head's weight, and passes over what wraps it"
+    assert type(model.lm_head) is nn.Linear, "this loss reads the head's weight, not what wraps it"
     hidden = model.model(inputs).flatten(0, 1)  # (B, T, C) -> (B T, C)
     loss_sum = LinearCrossEntropy.apply(hidden, model.lm_head.weight, targets.flatten(),
                                         torch.is_grad_enabled())
@@ -327,7 +327,8 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
                 env.first(lambda: save(folder, step + 1, model, optimizer, scaler, identity, log))
             if stopping and not last:
                 same = "the same command" + " without --overwrite" * settings.overwrite
-                stop.exit(f"stopped after step {step + 1} of {settings.steps}; {same} goes on from there", env)
+                where = f"step {step + 1} of {settings.steps}"
+                stop.exit(f"stopped after {where}; {same} goes on from there", env)
     env.first(lambda: save_model(model, tokenizer, folder))
     return log.last
 
@@ -351,7 +352,7 @@ def seed_step(seed: int, step: int, rank: int):
 
 
 def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log):
-    """Write state/step_<n>: weights, moments, and what `load` must know; by process 0, whatever their number."""
+    """Write state/step_<n>: weights, moments, and what `load` must know. Process 0 does it."""
     log.sync()  # first: a state must never know of a step that the log has lost
     names = {p: name for name, p in model.named_parameters()}  # a tied head has one name, and is written once
     weights = {name: p.detach() for p, name in names.items()}
@@ -367,7 +368,8 @@ def load(folder: Path, model, optimizer, scaler, identity: dict, env) -> int:
     state = load_state(folder / "state", say=env.say)
     if env.any(state is None):
         if env.any(state is not None):
-            raise UserError(f"the processes see different states in {folder}; --out must be on a disk they share")
+            raise UserError(f"the processes see different states in {folder}; "
+                            f"--out must be on a disk they share")
         return 0
     step, tensors, extra = state
     check_identity(folder, extra["identity"], identity)
@@ -397,7 +399,7 @@ def check_identity(folder: Path, found: dict, wanted: dict):
 
 
 class Log:
-    """log.jsonl: one line a step, without gap or repeat. Process 0 opens it; on the others it only remembers."""
+    """log.jsonl: one line a step, without gap or repeat. Process 0 opens it; the others only remember."""
 
     def __init__(self):
         self.file, self.last = None, None
@@ -438,9 +440,11 @@ class Log:
 
 def log_line(step, lr, report, batches, seconds, model, settings, env) -> dict:
     tokens = settings.batch_size * settings.seq_len
-    loss, norm = (x if math.isfinite(x) else None for x in (report["loss"], report["grad_norm"]))  # JSON has no inf
-    line = {"step": step + 1, "loss_nats_per_token": loss, "lr": lr, "grad_norm": norm, "targets": report["targets"],
-            "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 4)}
+    figures = (report["loss"], report["grad_norm"])
+    loss, norm = (x if math.isfinite(x) else None for x in figures)  # JSON has no infinity
+    line = {"step": step + 1, "loss_nats_per_token": loss, "lr": lr, "grad_norm": norm,
+            "targets": report["targets"], "tokens_per_second": round(tokens / seconds),
+            "seconds": round(seconds, 4)}
     if report["skipped"]:
         line["skipped"] = True
     if hasattr(batches, "text_bytes") and loss is not None:
@@ -466,8 +470,8 @@ def describe(line: dict) -> str:
 class stop_signals:
     """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved.
 
-    One more, a second or later, stops at once. (A launcher may pass on the Ctrl-C that the terminal has sent to
-    all, so two within a second are one.)
+    One more, a second or later, stops at once. (A launcher may pass on the Ctrl-C that the terminal has sent
+    to all, so two within a second are one.)
     """
 
     def __enter__(self):
@@ -511,7 +515,8 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
     """
     V = model.config.vocab_size
     if V > 16384:
-        raise UserError(f"bigrams of {V} tokens take {12 * V * V / 2 ** 30:.0f} GiB to count; pass --bigram_steps 0")
+        raise UserError(f"bigrams of {V} tokens take {12 * V * V / 2 ** 30:.0f} GiB to count; "
+                        f"pass --bigram_steps 0")
     counts = torch.zeros(V * V)
     for start in range(0, len(tokens) - 1, 2 ** 24):  # bounded memory
         chunk = torch.as_tensor(tokens[start:start + 2 ** 24 + 1].astype("int64"))
@@ -542,7 +547,7 @@ def prepare_data(settings: Settings, env: Env):
         return
     env.say(f"no tokens in {settings.data} yet: python data.py --out {settings.data}")
     command = [sys.executable, str(Path(__file__).with_name("data.py")), "--out", settings.data]
-    result = subprocess.run(command)  # its own process: its workers need no torch, and its memory is given back
+    result = subprocess.run(command)  # its own process: its workers start without torch
     if result.returncode:
         raise UserError(f"data.py ended with exit code {result.returncode}; see its message above")
 
@@ -552,7 +557,7 @@ MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "to
 
 
 def open_run_folder(settings):
-    """Make settings.out, or refuse it: nothing there is deleted without --overwrite, and then only a run's files."""
+    """Make settings.out, or refuse it. Only --overwrite deletes, and only what a run writes."""
     folder = Path(settings.out)
     if settings.overwrite and is_run(folder):
         shutil.rmtree(folder / "state", ignore_errors=True)
@@ -602,8 +607,8 @@ def pretrain(settings: Settings, env: Env):
     validation = Batches(settings.data, "val", micro, settings.seq_len, stride=settings.eval_stride, **place)
     tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
-        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside it; "
-                        f"run data.py again")
+        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
+                        f"it; run data.py again")
     model = build_model(settings, tokenizer.vocab_size)
     env.first(lambda: open_run_folder(settings))  # last of all that can refuse: --overwrite deletes here
     if env.rank == 0:

@@ -94,7 +94,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     eval_stride: int | None = None  # tokens between evaluated windows; none: half of seq_len, for context
     eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
-    save_every: int = 200  # steps between states; the last two are kept
+    save_every: int = 100  # steps between states; the last two are kept
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")  # continued once training is done
 
     def __post_init__(self):

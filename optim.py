@@ -11,7 +11,7 @@ without bfloat16 instructions is a hundred times slower; matrices of one shape a
 object serves all parameters.
 """
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Coefficients of p(s) = a s + b s^3 + c s^5, applied in turn to every singular value s in [0.01, 1]. Constant
 # ones, tuned to raise small values fast (Jordan et al. 2024): the results end between 0.68 and 1.14, which
@@ -78,3 +78,34 @@ class Muon(torch.optim.Optimizer):
             lr = group["lr"] * max(1.0, rows / columns) ** 0.5
             for p, update in zip(params, orthogonalize(torch.stack(directions))):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
+
+
+def make_optimizer(model: nn.Module, settings) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the matrices inside the blocks. No weight decay on one-dimensional parameters.
+
+    Each group holds its peak rate as a share of settings.lr, `lr_scale`: the schedule is one for all.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.dim() >= 2 and ".layers." in name]
+    tables = [p for name, p in named if p.dim() >= 2 and ".layers." not in name]  # embedding and head
+    vectors = [p for name, p in named if p.dim() < 2]
+    adam = {"betas": settings.betas, "eps": settings.eps}
+    muon = settings.optimizer == "muon"
+    groups = [{"params": matrices, "muon": muon, "lr_scale": 1.0,
+               "weight_decay": settings.weight_decay, **adam},
+              {"params": tables, "lr_scale": settings.adam_lr / settings.lr,
+               "weight_decay": settings.weight_decay, **adam},
+              {"params": vectors, "lr_scale": settings.adam_lr / settings.lr, "weight_decay": 0.0, **adam}]
+    groups = [{"lr": settings.lr * group["lr_scale"], **group} for group in groups if group["params"]]
+    return Muon(groups) if muon else torch.optim.AdamW(groups, fused=True)
+
+
+def learning_rate(step: int, settings) -> float:
+    """Rate of the matrices at a step in 0 … steps-1: linear warm-up, level, linear decay to zero.
+
+    The decay takes the last decay_share of the steps.
+    """
+    warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    decay_steps = settings.decay_share * settings.steps
+    cool = min(1.0, (settings.steps - step) / decay_steps) if decay_steps else 1.0
+    return settings.lr * min(warm, cool)

@@ -19,28 +19,28 @@ bytes: batches and randomness are functions of (seed, step) alone.
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpe import Tokenizer
 from checkpoint import load_state, save_model, save_state, states
-from config import UserError, open_whole, parse, require, run, show, to_json
-from data import IGNORE, Batches
+from config import UserError, parse, require, run, show
+from data import Batches
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
-from optim import Muon
+from objectives import next_token_loss
+from optim import learning_rate, make_optimizer
 from parallel import Env, parallelize, reduce_gradients, setup
+from watch import Log, describe, log_line
 
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
     "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
@@ -125,97 +125,6 @@ FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "
 
 # ------------------------------------------------------------------------------------------------------------
 # What is learnt
-
-
-def next_token_loss(model: Transformer, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The sum of -log p(target | all before it) in nats over the targets that are not -100, and their number.
-
-    batch: inputs (B, T) and targets (B, T), the inputs shifted by one.
-    """
-    inputs, targets = batch
-    assert type(model.lm_head) is nn.Linear, "this loss reads the head's weight, not what wraps it"
-    hidden = model.model(inputs).flatten(0, 1)  # (B, T, C) -> (B T, C)
-    loss_sum = LinearCrossEntropy.apply(hidden, model.lm_head.weight, targets.flatten(),
-                                        torch.is_grad_enabled())
-    return loss_sum, (targets != IGNORE).sum()
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") without ever holding all logits.
-
-    At V = 4,096 the logits of a batch are far larger than all else, and writing and reading them back takes
-    longer than computing them. Here a few rows' logits are turned into their loss and their gradient, which
-    is softmax - onehot, while they lie in the cache; what is kept for the backward pass is the gradient of
-    the inputs. Equal to the plain form but for rounding.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-        """hidden (N, C), weight (V, C), targets (N,), -100 for none -> the losses' sum in nats, float32."""
-        # 2^21 float32 are 8 MB: about what a CPU's cache holds
-        rows = max(1, (2 ** 27 if hidden.is_cuda else 2 ** 21) // len(weight))
-        half = (torch.is_autocast_enabled(hidden.device.type)
-                and torch.get_autocast_dtype(hidden.device.type) == torch.float16)
-        loss_sum = torch.zeros((), device=hidden.device,
-                               dtype=torch.promote_types(hidden.dtype, torch.float32))
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
-        for part, part_grad, target in zip(hidden.split(rows), hidden_grad.split(rows), targets.split(rows)):
-            logits = part @ weight.T  # (rows, C) x (C, V) -> (rows, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            valid, target = (target != IGNORE)[:, None], target.clamp(min=0)[:, None]  # (rows, 1)
-            top = logits.amax(dim=1, keepdim=True)
-            of_target = logits.gather(1, target)
-            total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-            loss_sum += ((top + total.log() - of_target) * valid).sum()
-            if with_gradient:
-                scale = torch.where(valid, 1 / total, 0.0)
-                # softmax - onehot, and 0 where no target is
-                grad = logits.mul_(scale).scatter_add_(1, target, -valid.to(logits.dtype))
-                # fp16 would lose small probabilities here: the loss scale comes with the backward pass only
-                with torch.autocast(hidden.device.type, enabled=False) if half else contextlib.nullcontext():
-                    grad = grad.to(weight.dtype)
-                    part_grad.copy_(grad @ weight)
-                    weight_grad += grad.T @ part
-        if with_gradient:
-            ctx.save_for_backward(hidden_grad, weight_grad)
-        return loss_sum
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale: Tensor):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * scale, weight_grad * scale, None, None
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """Rate of the matrices at a step in 0 … steps-1: linear warm-up, level, linear decay to zero.
-
-    The decay takes the last decay_share of the steps.
-    """
-    warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    decay_steps = settings.decay_share * settings.steps
-    cool = min(1.0, (settings.steps - step) / decay_steps) if decay_steps else 1.0
-    return settings.lr * min(warm, cool)
-
-
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the matrices inside the blocks. No weight decay on one-dimensional parameters.
-
-    Each group holds its peak rate as a share of settings.lr, `lr_scale`: the schedule is one for all.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.dim() >= 2 and ".layers." in name]
-    tables = [p for name, p in named if p.dim() >= 2 and ".layers." not in name]  # embedding and head
-    vectors = [p for name, p in named if p.dim() < 2]
-    adam = {"betas": settings.betas, "eps": settings.eps}
-    muon = settings.optimizer == "muon"
-    groups = [{"params": matrices, "muon": muon, "lr_scale": 1.0,
-               "weight_decay": settings.weight_decay, **adam},
-              {"params": tables, "lr_scale": settings.adam_lr / settings.lr,
-               "weight_decay": settings.weight_decay, **adam},
-              {"params": vectors, "lr_scale": settings.adam_lr / settings.lr, "weight_decay": 0.0, **adam}]
-    groups = [{"lr": settings.lr * group["lr_scale"], **group} for group in groups if group["params"]]
-    return Muon(groups) if muon else torch.optim.AdamW(groups, fused=True)
 
 
 def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, scaler=None) -> dict:
@@ -396,75 +305,6 @@ def check_identity(folder: Path, found: dict, wanted: dict):
 
 # ------------------------------------------------------------------------------------------------------------
 # What is seen of it
-
-
-class Log:
-    """log.jsonl: one line a step, without gap or repeat. Process 0 opens it; the others only remember."""
-
-    def __init__(self):
-        self.file, self.last = None, None
-
-    def open(self, folder: Path, steps_done: int, settings):
-        """Go on after `steps_done`: the lines of later steps, which no state knows of, are taken back."""
-        path, kept = folder / "log.jsonl", []
-        if path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a kill may have cut the last line short
-                    if json.loads(text)["step"] <= steps_done:
-                        kept.append(text)
-        if [json.loads(text)["step"] for text in kept] != list(range(1, steps_done + 1)):
-            raise UserError(f"{path} lacks some of the {steps_done} steps that are done; put it back, "
-                            f"or pass --overwrite")
-        self.last = json.loads(kept[-1]) if kept else None
-        folder.mkdir(parents=True, exist_ok=True)
-        with open_whole(folder / "settings.json", "w") as file:
-            file.write(to_json(replace(settings, overwrite=False)))
-        with open_whole(path, "w") as file:
-            file.writelines(text + "\n" for text in kept)
-        self.file = open(path, "a", encoding="utf-8", newline="\n")
-
-    def write(self, line: dict):
-        self.last = line
-        if self.file:
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
-            self.file.flush()
-
-    def sync(self):
-        """Wait until all lines are on the disk."""
-        os.fsync(self.file.fileno())
-
-    def close(self):
-        if self.file:
-            self.file.close()
-
-
-def log_line(step, lr, report, batches, seconds, model, settings, env) -> dict:
-    tokens = settings.batch_size * settings.seq_len
-    figures = (report["loss"], report["grad_norm"])
-    loss, norm = (x if math.isfinite(x) else None for x in figures)  # JSON has no infinity
-    line = {"step": step + 1, "loss_nats_per_token": loss, "lr": lr, "grad_norm": norm,
-            "targets": report["targets"], "tokens_per_second": round(tokens / seconds),
-            "seconds": round(seconds, 4)}
-    if report["skipped"]:
-        line["skipped"] = True
-    if hasattr(batches, "text_bytes") and loss is not None:
-        line["bits_per_byte"] = loss / math.log(2) * batches.tokens / batches.text_bytes
-    if env.peak_flops and hasattr(model, "config"):
-        flops = estimate_flops(model.config, settings.seq_len) * tokens / seconds
-        line["share_of_peak"] = round(flops / (env.peak_flops * env.world_size), 4)
-    return line
-
-
-def describe(line: dict) -> str:
-    if line.get("skipped"):
-        return "skipped: overflow, the loss scale is halved"
-    words = [f"loss {line['loss_nats_per_token']:.3f}"]
-    if "bits_per_byte" in line:
-        words.append(f"{line['bits_per_byte']:.3f} bits/byte")
-    words += [f"lr {line['lr']:.1e}", f"norm {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,} tok/s"]
-    if "share_of_peak" in line:
-        words.append(f"{line['share_of_peak']:.0%} of peak")
-    return ", ".join(words)
 
 
 class stop_signals:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import config
 import data
+import objectives
 import train
 from config import UserError
 from model import ModelConfig, Transformer
@@ -151,7 +152,7 @@ def test_the_loss_that_holds_no_logits_equals_the_plain_one_and_so_do_its_gradie
     targets = torch.randint(vocab_size, (rows,), generator=generator)
     targets[rows // 3:rows // 2] = -100
     plain = F.cross_entropy((hidden @ weight.T), targets, ignore_index=-100, reduction="sum")
-    ours = train.LinearCrossEntropy.apply(hidden, weight, targets, True)
+    ours = objectives.LinearCrossEntropy.apply(hidden, weight, targets, True)
     assert ours.item() == pytest.approx(plain.item(), rel=1e-12)
     expected = torch.autograd.grad(plain * 3, (hidden, weight))
     for gradient, right in zip(torch.autograd.grad(ours * 3, (hidden, weight)), expected):

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -58,10 +58,11 @@ class Entry(NamedTuple):
 def write_tensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
     """Write a safetensors file, whole or not at all, with one tensor in (CPU) memory at a time.
 
-    Before a tensor's turn comes, only its .shape and .dtype are asked for: its values may live anywhere.
+    Before a tensor's turn comes, in `write_order`, only its .shape and .dtype are asked for: its values may
+    live anywhere, and where it has a method .whole(), that one fetches them.
     Tensors that share memory are written once each: leave out what is tied.
     """
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # each at a multiple of its width
+    names = write_order(tensors)
     header, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name in names:
         dtype, shape = tensors[name].dtype, list(tensors[name].shape)
@@ -76,8 +77,14 @@ def write_tensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
             file.write(raw_bytes(tensors[name]))  # held by no name here, so gone before the next is fetched
 
 
+def write_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the order in which they lie in a file: each tensor at a multiple of its width."""
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+
+
 def raw_bytes(tensor: Tensor) -> np.ndarray:
     """The tensor's values as they lie in memory, row after row: (bytes,) uint8."""
+    tensor = tensor.whole() if hasattr(tensor, "whole") else tensor
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
@@ -150,6 +157,17 @@ def each_tensor(path) -> Iterator[tuple[str, Tensor]]:
             yield name, read_tensor(file, entry)
 
 
+def mapped_tensors(path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name, without reading them: a page is read where it is looked at.
+
+    What is written into them stays in memory.
+    """
+    entries, _ = read_header(path)
+    data = np.memmap(path, np.uint8, mode="c")  # c: a copy of what is written to; torch knows no read-only
+    return {name: torch.from_numpy(data[entry.start:entry.end]).view(entry.dtype).reshape(entry.shape)
+            for name, entry in entries.items()}
+
+
 def read_tensors(path, device="cpu") -> dict[str, Tensor]:
     """All tensors of a safetensors file, by name. Raises UserError, naming the file and what is wrong."""
     return {name: tensor.to(device) for name, tensor in each_tensor(path)}
@@ -172,14 +190,17 @@ DEFAULTS = {  # what each architecture means where its config.json is silent
     "Qwen3ForCausalLM": {**COMMON, "head_dim": 128, "max_position_embeddings": 32768},  # Llama with qk_norm
 }
 ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}
+METADATA = {"format": "pt"}  # in model.safetensors: transformers opens no file without it
 UNUSED = "rotary_emb.inv_freq"  # old Llama folders hold these tensors; model.py computes them
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_token: str = "<|endoftext|>"):
+def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_token: str = "<|endoftext|>",
+               tensors: Mapping[str, Tensor] | None = None):
     """Write config.json, model.safetensors and the tokenizer's files into a folder, as transformers does.
 
-    eos_token: the special token at which generation ends; recorded where the tokenizer has it. Other files in
-    the folder stay. All is written beside the old files first, so a full disk loses nothing; then config.json
+    eos_token: the special token at which generation ends; recorded where the tokenizer has it.
+    tensors: the weights, where others than the model's own are to be written (see write_tensors): those of a
+    model that lies in parts, say; default model.state_dict(). Other files in the folder stay. All is written beside the old files first, so a full disk loses nothing; then config.json
     goes first and comes last, so a folder that has one is whole.
     """
     assert isinstance(model, Transformer), f"save the Transformer, not the {type(model).__name__} around it"
@@ -188,7 +209,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
     shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
     staging.mkdir(parents=True)
     try:
-        write_model(model, tokenizer, staging, eos_token)
+        write_model(model, tokenizer, staging, eos_token, tensors)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)  # a full disk has its space back
         raise
@@ -200,14 +221,24 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
     staging.rmdir()
 
 
-def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, eos_token: str):
-    config, tensors = model.config, model.state_dict()
-    changed = tensors.keys() ^ empty_model(config).state_dict().keys()
-    assert not changed, f"the model has been changed ({some(sorted(changed))}): merge its adapters first"
+def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, eos_token: str,
+                tensors: Mapping[str, Tensor] | None):
+    config, tensors = model.config, dict(model.state_dict() if tensors is None else tensors)
+    expected = empty_model(config).state_dict().keys()
     if config.tie_embeddings:
         assert model.lm_head.weight is model.model.embed_tokens.weight, "the head has come loose"
-        del tensors["lm_head.weight"]
-    write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+        expected -= {"lm_head.weight"}
+        tensors.pop("lm_head.weight", None)
+    changed = tensors.keys() ^ expected
+    assert not changed, f"the model has been changed ({some(sorted(changed))}): merge its adapters first"
+    write_tensors(folder / "model.safetensors", tensors, metadata=METADATA)
+    write_settings(model, tokenizer, folder, eos_token)
+
+
+def write_settings(model: Transformer, tokenizer: Tokenizer | None, folder: Path,
+                   eos_token: str = "<|endoftext|>"):
+    """Write all of a model folder but the weights; config.json last."""
+    config = model.config
     eos_id = None if tokenizer is None else tokenizer.special_tokens.get(eos_token)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
@@ -389,11 +420,13 @@ def read_json(path: Path) -> dict:
 STATE_NAME = re.compile(r"step_(\d+)(\.old)?")
 
 
-def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], extra: dict, keep: int = 2):
+def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], extra: dict, keep: int = 2,
+               also_keep: Sequence[int] = (), beside: Callable[[Path], None] | None = None):
     """Write the state after `step` steps to <folder>/step_<step>, then remove all but the last `keep` states.
 
-    tensors: {group: {name: tensor}}, such as "model" and "optimizer". extra: what JSON can hold (tuples
-    become lists). At any moment, a kill or a full disk leaves a state that was there before, or the new one.
+    tensors: {group: {name: tensor}}, such as "model" and "optimizer", each as in write_tensors. extra: what
+    JSON can hold (tuples become lists). also_keep: steps of older states that stay. beside(folder) may write
+    more into the state's folder: what makes it a model folder, say. At any moment, a kill or a full disk leaves a state that was there before, or the new one.
     Later steps that lie in the folder are removed: whoever saves this step has gone back behind them.
     """
     folder = Path(folder)
@@ -405,7 +438,9 @@ def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], e
     temporary.mkdir()
     try:
         for group, named in tensors.items():
-            write_tensors(temporary / f"{group}.safetensors", named)
+            write_tensors(temporary / f"{group}.safetensors", named, METADATA)
+        if beside:
+            beside(temporary)
         write_json(temporary / "state.json", {"step": step, "groups": list(tensors), "extra": extra})
         sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
         with open_whole(temporary / "SHA256SUMS", "w") as file:
@@ -421,20 +456,24 @@ def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], e
     sync_folder(folder)
     earlier = [state for state in states(folder) if step_of(state) < step]
     for state in states(folder):
-        if state != final and state not in earlier[:keep - 1]:
+        if state != final and state not in earlier[:keep - 1] and step_of(state) not in also_keep:
             remove(state)
 
 
-def load_state(folder, say=print) -> tuple[int, dict[str, dict[str, Tensor]], dict] | None:
+def load_state(folder, say=print,
+               only: int | None = None) -> tuple[int, dict[str, dict[str, Tensor]], dict] | None:
     """(step, tensors, extra) of the newest state that is whole, or None where there is none at all.
 
     A state whose checksums do not hold is passed over for the one before it, and `say` is told, in a line.
-    Raises UserError where there are states, but no whole one.
+    Raises UserError where there are states, but no whole one. The tensors are mapped, not read: copy out of
+    them what you need. only: take the state of this step, which another process has verified.
     """
     damaged = []
     for state in states(Path(folder)):
+        if only not in (None, step_of(state)):
+            continue
         try:
-            result = read_state(state)
+            result = read_state(state, verify=only is None)
         except (UserError, OSError) as error:
             damaged.append(f"state {state} is damaged ({error})")
             continue
@@ -446,7 +485,16 @@ def load_state(folder, say=print) -> tuple[int, dict[str, dict[str, Tensor]], di
     return None
 
 
-def read_state(state: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict]:
+def read_state(state: Path, verify: bool = True) -> tuple[int, dict[str, dict[str, Tensor]], dict]:
+    if verify:
+        check_sums(state)
+    content = read_json(state / "state.json")
+    tensors = {group: mapped_tensors(state / f"{group}.safetensors") for group in content["groups"]}
+    return content["step"], tensors, content["extra"]
+
+
+def check_sums(state: Path):
+    """Raise UserError or OSError unless every file of the state is there, and as it was written."""
     try:
         lines = (state / "SHA256SUMS").read_text(encoding="utf-8").split("\n")[:-1]
         sums = dict(line.split("  ")[::-1] for line in lines)
@@ -457,12 +505,9 @@ def read_state(state: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict]:
     for name, expected in sums.items():
         if sha256(state / name) != expected:
             raise UserError(f"{name} has changed since it was written")
-    content = read_json(state / "state.json")
-    files = {group: f"{group}.safetensors" for group in content["groups"]}
-    if sums.keys() != {"state.json", *files.values()}:
+    files = {"state.json", *(f"{group}.safetensors" for group in read_json(state / "state.json")["groups"])}
+    if not files <= sums.keys():
         raise UserError("SHA256SUMS does not list all files that state.json does")
-    tensors = {group: read_tensors(state / file) for group, file in files.items()}
-    return content["step"], tensors, content["extra"]
 
 
 def states(folder: Path) -> list[Path]:

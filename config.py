@@ -118,10 +118,11 @@ class Setting(typing.NamedTuple):
 
 
 def settings_of(Settings) -> dict[str, Setting]:
-    """{name: Setting} of a dataclass, in its order."""
-    known = {}
+    """{name: Setting} of a dataclass, in its order; what it inherits comes last."""
+    known, inherited = {}, [field.name for base in Settings.__mro__[1:] for field in
+                            getattr(base, "__dataclass_fields__", {}).values()]
     hints = typing.get_type_hints(Settings)  # types, even if `from __future__ import annotations` left text
-    for field in dataclasses.fields(Settings):
+    for field in sorted(dataclasses.fields(Settings), key=lambda field: field.name in inherited):
         kind, args = hints[field.name], typing.get_args(hints[field.name])
         union = typing.get_origin(kind) in (typing.Union, types.UnionType)
         optional = union and type(None) in args and len(args) == 2

@@ -12,13 +12,15 @@ Everything streams: all that grows with the corpus is one digest a document (90 
 
 The output folder holds train.jsonl and val.jsonl (the cleaned documents), tokenizer.json, train.bin and
 val.bin (raw little-endian ids of tokens, end-of-text after each document) and meta.json (counts, checksums).
-`Batches` serves windows of those tokens as a pure function of (seed, step), whatever the number of processes.
+`Batches` serves windows of those tokens as a pure function of (seed, step), whatever the number of processes;
+`Replay` mixes those of an old corpus into those of a new one.
 """
 import gzip
 import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -26,10 +28,11 @@ import sysconfig
 import time
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -438,9 +441,9 @@ class Batches:
     stride: how far apart windows begin, default T. With less they overlap, and what an earlier window has had
     as a target is -100 in the next: every token is still a target once, but after at least T - stride others.
 
-    Attributes: windows, tokens, text_bytes (UTF-8 of the split's documents), meta, and steps: how many calls
-    of in_order cover the split. Raises UserError if the shard is missing, too short, or not what meta.json
-    says; verify=False leaves out the checksum, which reads the whole file.
+    Attributes: windows, tokens, text_bytes (UTF-8 of the split's documents), folder, meta, and steps: how
+    many calls of in_order cover the split. Raises UserError if the shard is missing, too short, or not what
+    meta.json says; verify=False leaves out the checksum, which reads the whole file.
     """
 
     def __init__(self, folder: str | Path, split: str, batch_size: int, seq_len: int, seed: int = 0,
@@ -449,7 +452,8 @@ class Batches:
         self.stride = seq_len if stride is None else stride
         assert split in SPLITS and 0 <= rank < world_size and batch_size >= 1 and 1 <= self.stride <= seq_len
         self._from_numpy = from_numpy
-        self.meta, self.data = open_shard(Path(folder), split, verify)
+        self.folder = Path(folder)
+        self.meta, self.data = open_shard(self.folder, split, verify)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.rank, self.world_size = rank, world_size
         self.tokens, self.text_bytes = len(self.data), self.meta[split]["text_bytes"]
@@ -464,20 +468,24 @@ class Batches:
     def at(self, step: int):
         """Return this rank's (inputs, targets) for training step `step`, counted from 0: int64 (B, T) each.
 
-        A pure function of (seed, step). Sequence i of rank r is number (step * world_size + r) * B + i in an
-        endless row of epochs, each a permutation of all windows: so one rank with B = 8 sees at each step
+        A pure function of (seed, step): the rows of `numbers(step)`, so one rank with B = 8 sees at each step
         what two ranks with B = 4 see together.
         """
-        places = (divmod(number, self.windows) for number in self._numbers(step))
-        return self._stack(self._permutation(epoch)[place] for epoch, place in places)
+        return self.rows(self.numbers(step))
 
     def in_order(self, step: int):
         """Return (inputs, targets) `step` in the order of the file; past its end all targets are -100."""
-        return self._stack(self._numbers(step))
+        return self._stack(self.numbers(step))
 
-    def _numbers(self, step: int) -> range:
+    def numbers(self, step: int) -> range:
+        """The places of this rank's B sequences of a step in the endless row that all ranks share."""
         first = (step * self.world_size + self.rank) * self.batch_size
         return range(first, first + self.batch_size)
+
+    def rows(self, numbers: Iterable[int]):
+        """Return (inputs, targets) at these places of an endless row of epochs: each permutes all windows."""
+        places = (divmod(number, self.windows) for number in numbers)
+        return self._stack([self._permutation(epoch)[place] for epoch, place in places])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:  # that of one epoch is kept, 8 bytes a window
@@ -485,9 +493,9 @@ class Batches:
             self._epoch, self._order = epoch, generator.permutation(self.windows)
         return self._order
 
-    def _stack(self, windows: Iterable[int]):
-        inputs = np.full((self.batch_size, self.seq_len), self.meta["end_of_text"], dtype=np.int64)  # (B, T)
-        targets = np.full_like(inputs, IGNORE)                                                       # (B, T)
+    def _stack(self, windows: Sequence[int]):
+        inputs = np.full((len(windows), self.seq_len), self.meta["end_of_text"], dtype=np.int64)  # (B, T)
+        targets = np.full_like(inputs, IGNORE)                                                    # (B, T)
         for row, window in enumerate(windows):
             start = int(window) * self.stride
             tokens = self.data[start:start + self.seq_len + 1]  # the window and one more, if there is one
@@ -497,6 +505,51 @@ class Batches:
             if window > 0:
                 targets[row, :self.seq_len - self.stride] = IGNORE
         return self._from_numpy(inputs), self._from_numpy(targets)
+
+
+class Wrapped:
+    """Batches made from other batches: what is not said anew (windows, tokens, meta, numbers …) is theirs."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getattr__(self, name):  # asked only for what is not found here
+        if name == "batches":  # not there yet: while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+
+class Replay(Wrapped):
+    """Windows of a new corpus and, in between, of an old one: against forgetting, in continued pretraining.
+
+    share: of the windows, in [0, 1), taken as the decimal number that it is written as. Of the first n
+    windows of the endless row that all ranks share, floor(n * share) are old, each corpus in its own order,
+    without gaps: no window of either comes twice in one of its epochs, however many ranks there are.
+
+    Attributes are those of `new`. Raises UserError where another tokenizer made the old corpus.
+    """
+
+    def __init__(self, new: Batches, old: Batches, share: float):
+        assert 0 <= share < 1 and isinstance(new, Batches) and isinstance(old, Batches)
+        for name in ("seq_len", "batch_size", "rank", "world_size"):
+            assert getattr(new, name) == getattr(old, name), f"{name} of the new and the old corpus differ"
+        if new.meta.get("tokenizer") != old.meta.get("tokenizer"):
+            raise UserError(f"{new.folder} and {old.folder} were made by different tokenizers; tokenise the "
+                            f"new corpus with the old tokenizer: python data.py --tokenizer {old.folder}")
+        super().__init__(new)
+        self.old, self.share = old, Fraction(str(share))
+
+    def at(self, step: int):
+        """Return this rank's (inputs, targets) for `step`, int64 (B, T) each: a function of (seed, step)."""
+        numbers = self.numbers(step)
+        old_before = np.array([math.floor(n * self.share) for n in (*numbers, numbers.stop)])
+        is_old, old_before = np.diff(old_before) > 0, old_before[:-1]
+        from_old = self.old.rows(old_before[is_old].tolist())
+        from_new = self.batches.rows((np.array(numbers) - old_before)[~is_old].tolist())
+        mixed = from_new[0].new_empty(2, len(numbers), self.seq_len)  # inputs and targets
+        for whole, new, old in zip(mixed, from_new, from_old):
+            whole[~is_old], whole[is_old] = new, old
+        return tuple(mixed)
 
 
 def open_shard(folder: Path, split: str, verify: bool) -> tuple[dict, np.ndarray]:

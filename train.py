@@ -17,10 +17,11 @@ Stopped by Ctrl-C, SIGTERM or kill -9, the same command goes on from the last st
 bytes: batches and randomness are functions of (seed, step) alone.
 """
 import contextlib
+import functools
 import json
 import math
+import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,17 +31,19 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from checkpoint import load_state, save_model, save_state, states
+from checkpoint import load_model, model_config, states
 from config import UserError, parse, require, run, show
-from data import Batches
+from data import Batches, Replay
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
-from objectives import next_token_loss
+from objectives import FillInTheMiddle, PrefixLM, next_token_loss, with_fim_tokens
 from optim import learning_rate, make_optimizer
-from parallel import Env, parallelize, reduce_gradients, setup
-from watch import Log, describe, log_line
+from parallel import Compute, Env, inside, parallelize, setup, whole_step
+from survive import BadStep, Run, lost_process, save_whole, spike_limit, stop_signals
+from watch import Log, Profile, describe, dry_run, log_line, out_of_memory
 
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
     "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
@@ -56,7 +59,7 @@ PRESETS = {  # sizes, and the settings that go with them; a flag of the same nam
 
 
 @dataclass
-class Settings:
+class Settings(Compute):
     data: str = "runs/data"  # token shards, as data.py writes them; the default folder is made if missing
     out: str = "runs/base"  # run folder: model, settings.json, log.jsonl, state/; an unfinished run goes on
     overwrite: bool = False  # delete what is in `out` and start anew
@@ -72,100 +75,176 @@ class Settings:
     qk_norm: bool = True  # normalise queries and keys (the folder is then a Qwen3's, else a Llama's)
     tie_embeddings: bool = False  # one matrix for embedding and head
 
+    init_from: str | None = None  # go on from this model folder, on other data; the sizes above are then its own
+    replay: str | None = None  # token shards of the old text, against forgetting: a share of the windows
+    replay_share: float = 0.05  # that share; 0: the old text is only watched, its held-out loss beside the new's
+
+    objective: Literal["next_token", "prefix", "fim"] = "next_token"  # predict the next token; only those after a
+        # prefix that sees itself whole; the next token of text whose middle stands at its end
+    fim_rate: float = 0.5  # fim: share of the documents so rearranged
+    fim_spm_rate: float = 0.5  # fim: share of those in the order suffix, prefix, middle
+    fim_cut: Literal["characters", "tokens"] = "characters"  # fim: where a document may be cut
+
     seq_len: int | None = None  # tokens a window
     batch_size: int | None = None  # windows a step, over all processes and micro-batches
     micro_batch_size: int | None = None  # windows a process holds at once; none: its whole share. Fewer take
                                          # less memory and give the same result
+    batch_start: int | None = None  # windows of the first step, growing to batch_size; none: batch_size
+    ramp_tokens: int = 0  # over so many tokens (GPT-3: 32 K tokens a step to 3.2 M over 12 billion)
     steps: int | None = None  # updates
-    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices inside blocks; the rest is always AdamW's
-    lr: float | None = None  # peak learning rate of those matrices (Muon; about 3e-3 for AdamW)
+    optimizer: Literal["muon", "adamw", "adafactor"] = "muon"  # muon: for the matrices inside blocks; the rest is
+                                                               # then AdamW's
+    lr: float | None = None  # peak learning rate of those matrices (Muon; about 3e-3 for the others)
     adam_lr: float | None = None  # peak learning rate of embedding, head and norms
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "wsd"] = "linear"  # of the rate, after the warm-up
     warmup_steps: int = 10  # the rate rises linearly over these
-    decay_share: float = 1.0  # the rate falls linearly to zero over this last share of the steps
+    decay_share: float = 0.2  # wsd (warm-up, stable, decay): the rate falls over this last share of the steps
+    final_lr: float = 0.0  # the rate at the end, as a share of the peak
     weight_decay: float = 0.1  # on matrices only
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float = 1.0  # bound of the global gradient norm; 0: none
     bigram_steps: int | None = None  # steps that first fit embedding and head to the counted bigrams; 0: none
+    spike: float = 20.0  # a loss so many deviations above the median of the last 100 steps' rolls the run back; 0:
+                         # no loss does, unless it is not finite
+    max_rollbacks: int = 5  # give up after so many
     seed: int = 0
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights stay fp32
-    compile: bool | None = None  # torch.compile; none: where a compiler is found and the run is long enough
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    chunked_loss: bool = True  # never hold the logits of all tokens; --no-chunked_loss is for comparison
     eval_stride: int | None = None  # tokens between evaluated windows; none: half of seq_len, for context
     eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
-    save_every: int = 100  # steps between states; the last two are kept
+    save_every: int = 100  # steps between states; the last two are kept, and the best by held-out loss
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")  # continued once training is done
+    profile: bool = False  # record a few steps: a table of where the time goes, and trace.json for a browser
+    dry_run: bool = False  # only say what the run would take: parameters, FLOPs, memory; nothing is written
 
     def __post_init__(self):
+        self.check_init_from()
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not (self.init_from and name in SHAPE):
                 setattr(self, name, value)
-        own = {"max_seq_len": self.seq_len, "bigram_steps": 0, "eval_stride": max(1, self.seq_len // 2)}
+        own = {"max_seq_len": None if self.init_from else self.seq_len, "batch_start": self.batch_size,
+               "bigram_steps": 0, "eval_stride": max(1, self.seq_len // 2)}
         for name, value in own.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.check()
+
+    def check_init_from(self):
+        """Raise UserError where what belongs to the model of --init_from is asked for otherwise."""
+        given = [name for name in SHAPE if getattr(self, name) is not None]
+        if self.init_from and given:
+            raise UserError(f"--{given[0]} {getattr(self, given[0])} and --init_from {self.init_from}: the sizes "
+                            f"are that model's; leave --{given[0]} out")
+        if self.init_from and self.bigram_steps:
+            raise UserError(f"--bigram_steps {self.bigram_steps} would write over the embedding of --init_from "
+                            f"{self.init_from}; leave it out")
+        if self.init_from:
+            self.bigram_steps = 0
+        if self.replay and not self.init_from:
+            raise UserError("--replay is of use with --init_from: it keeps a trained model from forgetting")
+
+    def check(self):
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "batch_size",
                  "micro_batch_size", "steps", "save_every")
         require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), eval_stride=(1, self.seq_len),
-                warmup_steps=(0, None), decay_share=(0, 1), weight_decay=(0, 10), betas=(0, 0.999999),
-                eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None),
-                bigram_steps=(0, None), seed=(0, 2 ** 63 - 1))
+                warmup_steps=(0, None), decay_share=(0, 1), final_lr=(0, 1), weight_decay=(0, 10),
+                betas=(0, 0.999999), eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10),
+                eval_every=(0, None), bigram_steps=(0, None), spike=(0, None), max_rollbacks=(0, None),
+                fim_rate=(0, 1), fim_spm_rate=(0, 1), replay_share=(0, 0.99), ramp_tokens=(0, None),
+                batch_start=(1, self.batch_size), seed=(0, 2 ** 63 - 1))
         if "" in self.sample_prompts:
             raise UserError("--sample_prompts has an empty one; name at least a character to go on from")
-        if self.seq_len > self.max_seq_len:
+        if self.max_seq_len and self.seq_len > self.max_seq_len:
             raise UserError(f"seq_len {self.seq_len} exceeds max_seq_len {self.max_seq_len} of this model; "
                             f"pass a shorter --seq_len or a larger --max_seq_len")
+        if self.batch_size % self.batch_start:
+            raise UserError(f"batch_start {self.batch_start} does not divide batch_size {self.batch_size}; the "
+                            f"batch grows in steps of it")
+        if self.batch_start < self.batch_size and not self.ramp_tokens:
+            raise UserError(f"batch_start {self.batch_start} needs --ramp_tokens: over how many tokens it grows")
+        if self.seq_len % self.tensor_parallel:
+            raise UserError(f"--tensor_parallel {self.tensor_parallel} does not divide seq_len {self.seq_len}; "
+                            f"between blocks each process has its own positions")
 
+
+# What belongs to the model, and comes with it from --init_from
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
 
 # Settings that may differ between the parts of one run: they say where and how to compute, not what
-FREE = {"data", "out", "overwrite", "preset", "micro_batch_size", "precision", "compile", "device",
-        "eval_stride", "eval_every", "save_every", "sample_prompts"}
+FREE = {field.name for field in fields(Compute)} | {
+    "data", "out", "overwrite", "preset", "micro_batch_size", "chunked_loss", "eval_stride", "eval_every",
+    "save_every", "sample_prompts", "max_rollbacks", "profile", "dry_run"}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What is learnt
 
 
-def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, scaler=None) -> dict:
+def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, scaler=None,
+           limit: float = math.inf) -> dict:
     """One step over all micro-batches of all processes: returns {"loss", "targets", "grad_norm", "skipped"}.
 
     Gradients of the sums are added up, over micro-batches and then over processes, and divided once by the
     count of all targets: the gradient of the mean, however the targets are spread. loss is in nats a target;
-    grad_norm is the global norm before clipping. With a `scaler` (fp16) a step whose gradients overflow is
-    skipped, on every process alike.
+    grad_norm is the global norm before clipping. With a `scaler` (a LossScale, for fp16) a step whose gradients
+    overflow is skipped, on every process alike.
 
-    Raises UserError where loss or gradient is not finite, before a weight is touched.
+    Raises BadStep where loss or gradient is not finite, or the loss above `limit`, before a weight is touched.
     """
     optimizer.zero_grad()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=env.scalar_device)
-    count = torch.zeros_like(loss_sum)
-    scale = scaler.scale if scaler else lambda loss: loss
-    for batch in micro_batches:
-        with env.autocast():
-            micro_loss, micro_count = loss_fn(model, env.to_device(batch))
-        scale(micro_loss).backward()
-        loss_sum += micro_loss.detach().to(loss_sum.device)
-        count += micro_count.to(count.device)
-    loss_sum, count = env.all_reduce(torch.stack((loss_sum, count))).tolist()
-    reduce_gradients(model, env)
-    if scaler:
-        scaler.unscale_(optimizer)
+    totals = torch.zeros(2, dtype=torch.float64, device=env.scalar_device)
+    for batch, last in marked(micro_batches):
+        with whole_step(model, last), env.autocast():
+            loss_sum, count = inside(model, loss_fn, env.to_device(batch))
+            (loss_sum * scaler.scale if scaler else loss_sum).backward()
+        totals += torch.stack([x.detach().to(totals) for x in (loss_sum, count)])
+    loss_sum, count = env.sum_over_data(totals).tolist()
+    loss = loss_sum / max(count, 1)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    torch._foreach_div_(gradients, max(count, 1))
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf))
-    finite = math.isfinite(loss_sum) and math.isfinite(norm)
-    if not finite and (scaler is None or scaler.get_scale() < 1):  # no smaller scale will help
-        raise UserError(f"{'loss' if not math.isfinite(loss_sum) else 'gradient'} is not finite "
-                        f"at lr {lr:.2e}; no weight was touched. "
-                        f"A lower --lr or more --warmup_steps may help")
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    if finite:
-        scaler.step(optimizer) if scaler else optimizer.step()
+    mean = env.data_world_size / max(count, 1) / (scaler.scale if scaler else 1)  # torch has averaged over copies
+    torch._foreach_mul_(gradients, mean)
+    norm = clip(gradients, settings.clip)
+    overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm) and scaler.scale >= 1
+    if not overflow:
+        refuse_bad(loss, norm, limit, lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        optimizer.step()
     if scaler:
-        scaler.update(None if finite else scaler.get_scale() / 2)
-    return {"loss": loss_sum / max(count, 1), "targets": int(count), "grad_norm": norm, "skipped": not finite}
+        scaler.update(overflow)
+    return {"loss": loss, "targets": int(count), "grad_norm": norm, "skipped": overflow}
+
+
+def marked(items):
+    """(item, whether it is the last) after item."""
+    items = iter(items)
+    item = next(items)
+    for following in items:
+        yield item, False
+        item = following
+    yield item, True
+
+
+def clip(gradients: list, bound: float) -> float:
+    """The global norm of the gradients, over all processes' parts; then they are scaled down to `bound`, if any.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if bound:
+        torch._foreach_mul_(gradients, float((bound / (norm + 1e-6)).clamp(max=1.0)))
+    return float(norm)
+
+
+def refuse_bad(loss: float, norm: float, limit: float, lr: float):
+    """Raise BadStep unless loss and gradient norm, which are equal on every process, are as they should be."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        what = "gradient" if math.isfinite(loss) else "loss"
+        raise BadStep(f"{what} is not finite at lr {lr:.2e}; no weight was touched. "
+                      f"A lower --lr or more --warmup_steps may help")
+    if loss > limit:
+        raise BadStep(f"loss {loss:.3f} is a spike, above {limit:.3f}, at lr {lr:.2e}; no weight was touched. "
+                      f"A lower --lr, or a larger --spike if such losses are right, may help")
 
 
 @torch.no_grad()
@@ -182,10 +261,12 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
     for step in tqdm(range(batches.steps), desc="evaluate", unit="batch", leave=False, disable=env.rank > 0):
         # eager: not worth compiling once more, without gradients
         with env.autocast(), torch.compiler.set_stance("force_eager"):
-            loss_sum, count = loss_fn(model, env.to_device(batches.in_order(step)))
-        totals += torch.stack([x.to(totals.device).double() for x in (loss_sum, count)])
+            loss_sum, count = inside(model, loss_fn, env.to_device(batches.in_order(step)))
+        totals += torch.stack([x.to(totals) for x in (loss_sum, count)])
     model.train(was_training)
-    loss_sum, count = env.all_reduce(totals).tolist()
+    loss_sum, count = env.sum_over_data(totals).tolist()
+    if not math.isfinite(loss_sum):
+        raise UserError(f"the held-out loss is {loss_sum}: the model is broken; go back to an earlier state")
     return {"loss": loss_sum / count, "bits_per_byte": loss_sum / math.log(2) / batches.text_bytes,
             "tokens": int(count)}
 
@@ -194,149 +275,163 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
 # The loop
 
 
-def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None,
-          corpus=None) -> dict:
+def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, corpus=None) -> dict:
     """Train `model` in place for settings.steps updates, save it to settings.out; return the log's last line.
 
-    batches: `.at(step)` gives a micro-batch; accumulation takes several.
+    batches: `.at(i)` gives the i-th micro-batch of this process.
     loss_fn: loss_fn(model, batch) -> (loss_sum, count).
-    validation: batches for `evaluate`.
+    validation: batches for `evaluate`, or several by name: {"": batches, "old_": others}.
     corpus: what else must be equal for a state in settings.out to be continued, beside the settings that are
     not FREE; a state of another run is refused.
     """
     env = env or setup(settings)
     folder = Path(settings.out)
-    model = parallelize(model.to(env.device).train(), env)
-    optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(env.device.type, init_scale=2 ** 10) if env.precision == "fp16" else None
-    accumulate = micro_batches_a_step(settings, env)
+    model = parallelize(model.train(), env)
+    optimizer = make_optimizer(model, settings, say=env.say)
+    validation = validation if isinstance(validation, dict) else {"": validation} if validation else {}
     identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | (corpus or {})
-    start = load(folder, model, optimizer, scaler, identity, env)
+    run = Run(folder, model, tokenizer, optimizer, env, identity)
     log = Log()
-    env.first(lambda: log.open(folder, start, settings))
-    progress = tqdm(range(start, settings.steps), desc="train", initial=start, total=settings.steps,
-                    unit="step", disable=env.rank > 0, dynamic_ncols=True, smoothing=0.05)
-    with contextlib.closing(log), stop_signals() as stop:
-        for step in progress:
-            began = time.perf_counter()
-            seed_step(settings.seed, step, env.rank)
-            lr = learning_rate(step, settings)
-            micro_batches = (batches.at(step * accumulate + i) for i in range(accumulate))
-            report = update(model, optimizer, micro_batches, loss_fn, settings, env, lr, scaler)
-            line = log_line(step, lr, report, batches, time.perf_counter() - began, model, settings, env)
-            progress.set_postfix_str(describe(line))
-            last, stopping = step + 1 == settings.steps, env.any(bool(stop))
-            due = last or (settings.eval_every and (step + 1) % settings.eval_every == 0)
-            if validation is not None and due:
-                result = evaluate(model, validation, loss_fn, env)
-                line |= {"val_loss_nats_per_token": result["loss"],
-                         "val_bits_per_byte": result["bits_per_byte"]}
+    with contextlib.closing(log), stop_signals() as stop, Profile(folder, settings.profile, env) as profile:
+        run.load()
+        env.first(lambda: log.open(folder, run.step, settings))
+        if run.step == 0:
+            run.save(log)  # so that there always is a state to go back to
+        progress = tqdm(desc="train", initial=run.step, total=settings.steps, unit="step", dynamic_ncols=True,
+                        smoothing=0.05, disable=env.rank > 0)
+        while run.step < settings.steps:
+            try:
+                line = one_step(run, batches, loss_fn, settings, env)
+            except BadStep as problem:
+                go_back(problem, run, settings, env, log)
+                progress.update(run.step - progress.n)
+                continue
+            profile.step()
+            last, stopping, asked = run.step == settings.steps, env.any(bool(stop)), env.any(stop.asked())
+            best = False
+            if validation and (last or asked or is_multiple(run.step, settings.eval_every)):
+                best = judge(line, run, validation, loss_fn, env)
             log.write(line)
-            if last or stopping or (step + 1) % settings.save_every == 0:
-                env.first(lambda: save(folder, step + 1, model, optimizer, scaler, identity, log))
+            progress.set_postfix_str(describe(line), refresh=False)
+            progress.update()
+            if last or stopping or best or is_multiple(run.step, settings.save_every):
+                run.save(log)
             if stopping and not last:
+                run.wait()
                 same = "the same command" + " without --overwrite" * settings.overwrite
-                where = f"step {step + 1} of {settings.steps}"
+                where = f"step {run.step} of {settings.steps}"
                 stop.exit(f"stopped after {where}; {same} goes on from there", env)
-    env.first(lambda: save_model(model, tokenizer, folder))
+        progress.close()
+        run.wait()
+    save_whole(model, tokenizer, folder, env)
     return log.last
 
 
-def micro_batches_a_step(settings: Settings, env) -> int:
-    """How many micro-batches of each process make up settings.batch_size windows."""
-    if settings.batch_size % env.world_size:
-        raise UserError(f"batch_size {settings.batch_size} is not divisible by the {env.world_size} "
-                        f"processes; choose a multiple of them")
-    share = settings.batch_size // env.world_size
+def one_step(run: Run, batches, loss_fn, settings, env) -> dict:
+    """Make step number run.step, counted from 0, and return its line for the log. Raises BadStep."""
+    step, began, waited = run.step, time.perf_counter(), [0.0]
+    seed_step(settings.seed, step, env.data_rank)
+    windows, size = batch_windows(step, settings), micro_batch(settings, env) * env.data_world_size
+    first = (windows_before(step, settings) + run.skipped_windows) // size
+
+    def fetch():
+        for i in range(first, first + windows // size):
+            asked = time.perf_counter()
+            batch = batches.at(i)
+            waited[0] += time.perf_counter() - asked
+            yield batch
+
+    lr, limit = learning_rate(step, settings), spike_limit(run.losses, settings.spike)
+    report = update(run.model, run.optimizer, fetch(), loss_fn, settings, env, lr, run.scaler, limit)
+    run.step += 1
+    run.losses = [*run.losses[-99:], report["loss"]]
+    line = log_line(step, lr, report, batches, time.perf_counter() - began, run.model, settings, env,
+                    tokens=windows_before(step + 1, settings) * settings.seq_len,
+                    tokens_step=windows * settings.seq_len, data_wait=waited[0])
+    return line | run.news()
+
+
+def go_back(problem: BadStep, run: Run, settings, env, log):
+    """Return to the last state, and pass over the batches since then; raise `problem` once it is too often."""
+    step, skipped, rollbacks = run.step, run.skipped_windows, run.rollbacks + 1
+    if rollbacks > settings.max_rollbacks:
+        raise UserError(f"step {step + 1}: {problem} (given up after {settings.max_rollbacks} rollbacks)")
+    run.wait()
+    run.load()
+    windows = windows_before(step + 1, settings) - windows_before(run.step, settings)
+    run.skipped_windows, run.rollbacks = skipped + windows, rollbacks
+    env.say(f"step {step + 1}: {problem}. Back to step {run.step}; the {windows} windows since then are passed over "
+            f"(rollback {rollbacks} of {settings.max_rollbacks})")
+    env.first(lambda: log.open(Path(settings.out), run.step, settings))
+
+
+def judge(line: dict, run: Run, validation: dict, loss_fn, env) -> bool:
+    """Evaluate, add the figures to the line of the log, and say whether the first is the best so far."""
+    for name, batches in validation.items():
+        result = evaluate(run.model, batches, loss_fn, env)
+        line |= {f"{name}val_loss_nats_per_token": result["loss"],
+                 f"{name}val_bits_per_byte": result["bits_per_byte"]}
+    loss = line[f"{next(iter(validation))}val_loss_nats_per_token"]
+    best = run.best_loss is None or loss < run.best_loss
+    if best:
+        run.best_loss, run.best_step = loss, run.step
+    return best
+
+
+def is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def micro_batch(settings, env) -> int:
+    """How many windows a process holds at once; UserError where they do not divide the batch."""
+    start = getattr(settings, "batch_start", settings.batch_size)
+    if start % env.data_world_size:
+        name = "batch_size" if start == settings.batch_size else "batch_start"
+        raise UserError(f"{name} {start} is not divisible by the {env.data_world_size} parts that the "
+                        f"{env.world_size} processes cut it into; choose a multiple of them")
+    share = start // env.data_world_size
     micro = settings.micro_batch_size or share
     if share % micro:
         raise UserError(f"micro_batch_size {micro} does not divide the {share} windows that each process has "
-                        f"of batch_size {settings.batch_size}; choose a divisor")
-    return share // micro
+                        f"of batch_size {start}; choose a divisor")
+    return micro
+
+
+def batch_windows(step: int, settings) -> int:
+    """Windows in the batch of a step: batch_size, or on the way there from batch_start.
+
+    While batches are small their gradients are noisy, but early on even noisy ones point the same way: GPT-3
+    (Brown et al. 2020, appendix B) begins with a hundredth of its batch and grows it linearly with the tokens
+    seen. Here in steps of batch_start.
+    """
+    ramp = batch_ramp(settings)
+    return ramp[step] if step < len(ramp) else settings.batch_size
+
+
+def windows_before(step: int, settings) -> int:
+    """Windows in the batches of all steps before this one."""
+    ramp = batch_ramp(settings)[:step]
+    return sum(ramp) + (step - len(ramp)) * settings.batch_size
+
+
+def batch_ramp(settings) -> list[int]:
+    """Windows in the batch of each step until it is whole."""
+    start, whole = getattr(settings, "batch_start", settings.batch_size), settings.batch_size
+    return list(ramp_of(start, whole, settings.ramp_tokens / settings.seq_len)) if start < whole else []
+
+
+@functools.cache
+def ramp_of(start: int, whole: int, over_windows: float) -> tuple[int, ...]:
+    ramp, seen = [], 0
+    while (size := int(start + (whole - start) * seen / over_windows) // start * start) < whole:
+        ramp.append(size)
+        seen += size
+    return tuple(ramp)
 
 
 def seed_step(seed: int, step: int, rank: int):
     """Randomness of a step (dropout, say) follows from (seed, step, rank): no generator need be saved."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2 ** 63)
-
-
-def save(folder: Path, step: int, model, optimizer, scaler, identity: dict, log):
-    """Write state/step_<n>: weights, moments, and what `load` must know. Process 0 does it."""
-    log.sync()  # first: a state must never know of a step that the log has lost
-    names = {p: name for name, p in model.named_parameters()}  # a tied head has one name, and is written once
-    weights = {name: p.detach() for p, name in names.items()}
-    moments = {f"{names[p]}.{key}": value
-               for p, state in optimizer.state.items() for key, value in state.items()}
-    extra = {"identity": identity, "scaler": scaler.state_dict() if scaler else None}
-    save_state(folder / "state", step, {"model": weights, "optimizer": moments}, extra)
-
-
-@torch.no_grad()
-def load(folder: Path, model, optimizer, scaler, identity: dict, env) -> int:
-    """Put the newest whole state in `folder` into model and optimizer; return the steps done, 0 if none."""
-    state = load_state(folder / "state", say=env.say)
-    if env.any(state is None):
-        if env.any(state is not None):
-            raise UserError(f"the processes see different states in {folder}; "
-                            f"--out must be on a disk they share")
-        return 0
-    step, tensors, extra = state
-    check_identity(folder, extra["identity"], identity)
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors["model"][name])
-    for name, value in tensors["optimizer"].items():
-        name, _, key = name.rpartition(".")
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
-    if scaler and extra["scaler"]:
-        scaler.load_state_dict(extra["scaler"])
-    return step
-
-
-def check_identity(folder: Path, found: dict, wanted: dict):
-    """Raise UserError where the run in `folder` was begun with other settings than those wanted now."""
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
-    for name in [*wanted, *found]:
-        if found.get(name) != wanted.get(name):
-            raise UserError(f"{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; "
-                            f"continue it with its own settings, choose another --out, or pass --overwrite "
-                            f"to delete it")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is seen of it
-
-
-class stop_signals:
-    """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved.
-
-    One more, a second or later, stops at once. (A launcher may pass on the Ctrl-C that the terminal has sent
-    to all, so two within a second are one.)
-    """
-
-    def __enter__(self):
-        self.signal, self.when, self.old = 0, 0.0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.old[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if not self.signal:
-            self.signal, self.when = number, time.monotonic()
-        elif time.monotonic() - self.when > 1:
-            raise KeyboardInterrupt
-
-    def __bool__(self):
-        return self.signal != 0
-
-    def exit(self, message: str, env: Env):
-        env.say(message)
-        # what a shell reports for a program ended by this signal
-        raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -381,6 +476,110 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
         progress.set_postfix_str(f"loss {total:.3f}")
 
 
+def main():
+    settings = parse(Settings)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        settings.overwrite = False  # torchrun starts us again: this run is what is to go on
+    env = None
+    try:
+        env = setup(settings)
+        pretrain(settings, env)
+    except (RuntimeError, MemoryError) as error:
+        known = out_of_memory(error, settings) or (env and lost_process(error, env, settings.timeout_minutes))
+        if not known:
+            raise
+        raise known from None
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:  # after an error: the others may never come
+            dist.destroy_process_group()
+
+
+def pretrain(settings: Settings, env: Env):
+    """The main job on one process: refuse what is wrong, make what is missing, train, show."""
+    if settings.dry_run:
+        env.first(lambda: print(dry_run(planned_config(settings), settings, env)))
+        return
+    env.first(lambda: prepare_data(settings, env))
+    batches, validation = open_data(settings, env)
+    model, tokenizer = build_model(settings, batches)
+    env.first(lambda: open_run_folder(settings))  # last of all that can refuse: --overwrite deletes here
+    if env.rank == 0:
+        show(settings)
+    tokens = windows_before(settings.steps, settings) * settings.seq_len
+    env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, "
+            f"{tokens / batches.tokens:.2f} epochs, "
+            f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
+    if settings.bigram_steps and not states(Path(settings.out) / "state"):
+        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps))
+    corpus = {"vocab_size": model.config.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
+    loss_fn = functools.partial(next_token_loss, chunked=settings.chunked_loss)
+    last = train(model, with_objective(batches, tokenizer, settings), loss_fn, settings, env, tokenizer,
+                 validation, corpus)
+    env.first(lambda: show_result(settings, last, batches.meta))
+
+
+def open_data(settings: Settings, env: Env) -> tuple:
+    """(batches, {"": validation, "old_": that of the old text}) of the shards that the settings name."""
+    place = {"rank": env.data_rank, "world_size": env.data_world_size, "verify": env.rank == 0}
+    size = (micro_batch(settings, env), settings.seq_len)
+    batches = Batches(settings.data, "train", *size, settings.seed, **place)
+    validation = {"": Batches(settings.data, "val", *size, stride=settings.eval_stride, **place)}
+    if settings.replay:
+        old = Batches(settings.replay, "train", *size, settings.seed, **place)
+        batches = Replay(batches, old, settings.replay_share)
+        validation["old_"] = Batches(settings.replay, "val", *size, stride=settings.eval_stride, **place)
+    return batches, validation
+
+
+def with_objective(batches, tokenizer: Tokenizer, settings: Settings):
+    """The batches, rearranged as the objective has them."""
+    if settings.objective == "prefix":
+        return PrefixLM(batches, settings.seed)
+    if settings.objective == "fim":
+        return FillInTheMiddle(batches, tokenizer, settings.seed, settings.fim_rate, settings.fim_spm_rate,
+                               settings.fim_cut)
+    return batches
+
+
+def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Tokenizer]:
+    """The model that the settings describe, with weights drawn from settings.seed or those of init_from.
+
+    Raises UserError where tokenizer, shards and model do not belong together.
+    """
+    tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
+    if tokenizer.fingerprint != batches.meta["tokenizer"]:
+        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
+                        f"it; run data.py again")
+    if settings.objective == "fim":
+        tokenizer = with_fim_tokens(tokenizer)
+    if not settings.init_from:
+        torch.manual_seed(settings.seed)
+        return Transformer(planned_config(settings, tokenizer.vocab_size)), tokenizer
+    model, own = load_model(settings.init_from)
+    if own is None or own.fingerprint not in (tokenizer.fingerprint, with_fim_tokens(tokenizer).fingerprint):
+        raise UserError(f"the shards in {settings.data} were made with another tokenizer than that of "
+                        f"{settings.init_from}; make them anew: python data.py --tokenizer {settings.init_from} "
+                        f"--out {settings.data} --overwrite, with the --input of then")
+    if settings.objective == "fim" and own.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{settings.init_from} knows no tokens for infilling; train it with --objective fim from "
+                        f"the start")
+    if settings.seq_len > model.config.max_seq_len:
+        raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
+                        f"{settings.init_from}; pass a shorter --seq_len")
+    return model, own
+
+
+def planned_config(settings: Settings, vocab_size: int | None = None) -> ModelConfig:
+    """The ModelConfig that the settings describe; without a vocabulary's size: that of the shards, else 4096."""
+    if settings.init_from:
+        return model_config(Path(settings.init_from) / "config.json")
+    if vocab_size is None:
+        meta = Path(settings.data) / "meta.json"
+        vocab_size = json.loads(meta.read_text(encoding="utf-8"))["vocab_size"] if meta.exists() else 4096
+    shape = {f.name: getattr(settings, f.name) for f in fields(ModelConfig) if hasattr(settings, f.name)}
+    return ModelConfig(vocab_size=vocab_size, **shape)
+
+
 def prepare_data(settings: Settings, env: Env):
     """Make the default shards if they are missing, by the command that a reader would type."""
     if Path(settings.data) != Path(Settings.data) or (Path(settings.data) / "meta.json").exists():
@@ -421,58 +620,14 @@ def is_run(folder: Path) -> bool:
     return isinstance(content, dict) and {"preset", "steps", "data", "out"} <= content.keys()
 
 
-def build_model(settings: Settings, vocab_size: int) -> Transformer:
-    """The model that the settings describe, with weights drawn from settings.seed."""
-    shape = {f.name: getattr(settings, f.name) for f in fields(ModelConfig) if hasattr(settings, f.name)}
-    torch.manual_seed(settings.seed)
-    return Transformer(ModelConfig(vocab_size=vocab_size, **shape))
-
-
-def main():
-    settings = parse(Settings)
-    env = setup(settings)
-    try:
-        pretrain(settings, env)
-    finally:
-        if env.world_size > 1:
-            dist.destroy_process_group()
-
-
-def pretrain(settings: Settings, env: Env):
-    """The main job on one process: refuse what is wrong, make what is missing, train, show."""
-    env.first(lambda: prepare_data(settings, env))
-    micro = settings.batch_size // env.world_size // micro_batches_a_step(settings, env)
-    place = {"rank": env.rank, "world_size": env.world_size, "verify": env.rank == 0}
-    batches = Batches(settings.data, "train", micro, settings.seq_len, settings.seed, **place)
-    validation = Batches(settings.data, "val", micro, settings.seq_len, stride=settings.eval_stride, **place)
-    tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
-    if tokenizer.fingerprint != batches.meta["tokenizer"]:
-        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
-                        f"it; run data.py again")
-    model = build_model(settings, tokenizer.vocab_size)
-    env.first(lambda: open_run_folder(settings))  # last of all that can refuse: --overwrite deletes here
-    if env.rank == 0:
-        show(settings)
-    tokens = settings.steps * settings.batch_size * settings.seq_len
-    env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, "
-            f"{tokens / batches.tokens:.2f} epochs, "
-            f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
-    if settings.bigram_steps and not states(Path(settings.out) / "state"):
-        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps))
-    corpus = {"vocab_size": tokenizer.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
-    last = train(model, batches, next_token_loss, settings, env, tokenizer, validation, corpus)
-    if env.rank == 0:
-        show_result(model, tokenizer, settings, last, batches.meta)
-
-
-def show_result(model: Transformer, tokenizer: Tokenizer, settings: Settings, last: dict, meta: dict):
+def show_result(settings: Settings, last: dict, meta: dict):
     """Samples, then where the model is, and its held-out bits per byte beside those of the compressors."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(settings.seed)
+    model, tokenizer = load_model(settings.out)
+    generator = torch.Generator().manual_seed(settings.seed)
     for prompt in settings.sample_prompts:
-        ids = tokenizer.encode(prompt)[-settings.max_seq_len // 2:]
-        length = min(100, settings.max_seq_len - len(ids))
-        with torch.compiler.set_stance("force_eager"):
-            sample = generate(model, [ids], length, temperature=0.8, top_p=0.95, generator=generator)
+        ids = tokenizer.encode(prompt)[-model.config.max_seq_len // 2:]
+        length = min(100, model.config.max_seq_len - len(ids))
+        sample = generate(model, [ids], length, temperature=0.8, top_p=0.95, generator=generator)
         print(f"--- {prompt!r} goes on:\n{prompt}{tokenizer.decode(sample.ids[0].tolist())}")
     print(f"model: {settings.out}")
     xz, gzip = meta["compressors"]["xz"], meta["compressors"]["gzip"]

@@ -1,12 +1,28 @@
-"""optim.py: the orthogonal direction against the decomposition it avoids, Muon against torch's."""
+"""optim.py: the orthogonal direction against the decomposition it avoids, Muon and Adafactor against their
+formulas and against torch's and transformers', each in pieces against itself whole; groups; schedules.
+"""
 import copy
+import math
+import queue
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.testing import assert_close
 
-from optim import NEWTON_SCHULZ, Muon, orthogonalize
+import optim
+from model import ModelConfig, Transformer
+from optim import (NEWTON_SCHULZ, SCHEDULES, Adafactor, Muon, describe_groups, learning_rate, make_optimizer,
+                   orthogonalize, parameter_groups, picture)
 
 LOW, HIGH = 0.68, 1.14  # where optim.py says that singular values from 0.01 on end
 
@@ -21,7 +37,7 @@ def with_singular_values(values, rows, columns, seed=0):
     return u * torch.tensor(values, dtype=torch.float64) @ vt, u, vt
 
 
-# The orthogonal direction
+# ---- the orthogonal direction --------------------------------------------------------------------------------
 
 
 def test_five_steps_bring_every_singular_value_from_a_hundredth_on_near_one():
@@ -100,7 +116,7 @@ def test_the_direction_equals_torchs(monkeypatch, shape):
     assert distance() < 1e-4
 
 
-# Muon
+# ---- Muon ----------------------------------------------------------------------------------------------------
 
 
 def parameters(seed=0):
@@ -111,7 +127,7 @@ def parameters(seed=0):
 
 def groups(params):
     adam = dict(betas=(0.9, 0.95), eps=1e-8)
-    return [dict(params=params[:4], muon=True, lr=0.02, weight_decay=0.1),
+    return [dict(params=params[:4], optimizer="muon", lr=0.02, weight_decay=0.1),
             dict(params=params[4:5], lr=3e-3, weight_decay=0.1, **adam),
             dict(params=params[5:], lr=3e-3, weight_decay=0.0, **adam)]
 
@@ -144,7 +160,7 @@ def test_the_first_step_by_hand():
         p, grad = torch.nn.Parameter(randn(rows, columns)), randn(rows, columns, seed=1)
         before, p.grad = p.detach().clone(), grad
         other = torch.nn.Parameter(torch.zeros(1))  # AdamW wants one too
-        Muon([dict(params=[p], muon=True, lr=0.1, weight_decay=0.5), dict(params=[other], lr=0.1)]).step()
+        Muon([dict(params=[p], optimizer="muon", lr=0.1, weight_decay=0.5), dict(params=[other], lr=0.1)]).step()
         expected = before * (1 - 0.1 * 0.5) - 0.1 * factor * orthogonalize(grad[None])[0]
         assert_close(p.detach(), expected, rtol=0, atol=1e-5)
 
@@ -253,14 +269,11 @@ def test_it_holds_one_moment_for_a_matrix_and_two_for_the_rest():
     assert names == [["momentum"]] * 4 + [["exp_avg", "exp_avg_sq", "step"]] * 2
 
 
-# Learning
-
-
 def test_it_solves_a_badly_scaled_problem_that_gradient_descent_hardly_begins():
     """Least squares whose directions differ a hundredfold: Muon moves all of them equally fast."""
     scales, target = torch.logspace(0, -2, 8), randn(8, 8)
     p, other = torch.nn.Parameter(torch.zeros(8, 8)), torch.nn.Parameter(torch.zeros(1))
-    optimizer = Muon([dict(params=[p], muon=True, lr=0.0), dict(params=[other], lr=0.0)])
+    optimizer = Muon([dict(params=[p], optimizer="muon", lr=0.0), dict(params=[other], lr=0.0)])
     plain = torch.zeros(8, 8)
     for step in range(200):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
@@ -268,3 +281,518 @@ def test_it_solves_a_badly_scaled_problem_that_gradient_descent_hardly_begins():
         optimizer.step()
         plain -= 0.5 * 2 * (plain - target) * scales.square()  # twice 0.5 would no longer converge
     assert (p - target).abs().max() < 0.2 * (plain - target).abs().max()
+
+
+# ---- Adafactor -----------------------------------------------------------------------------------------------
+
+
+def one(p, **options):
+    return Adafactor([torch.nn.Parameter(p) if not isinstance(p, torch.nn.Parameter) else p], **options)
+
+
+def steps_of(make, params, gradients):
+    """The parameters after a step with each list of gradients, by the optimizer that make(params) gives."""
+    params = [torch.nn.Parameter(p.clone()) for p in params]
+    optimizer = make(params)
+    for grads in gradients:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def some_gradients(params, steps, sizes=(1.0, 0.1, 30.0, 1.0)):
+    """Their sizes differ from step to step, so that clipping has something to do."""
+    return [[sizes[step % len(sizes)] * randn(*p.shape, seed=100 * step + i, dtype=p.dtype)
+             for i, p in enumerate(params)] for step in range(steps)]
+
+
+def adafactor_of_the_paper(params, gradients, rho, relative, eps1=1e-30, eps2=1e-3, d=1.0):
+    """Shazeer & Stern 2018, Algorithms 4, 5 and 6, with sums, and V written out."""
+    params = [p.clone() for p in params]
+    rows, columns, full = [0.0] * len(params), [0.0] * len(params), [0.0] * len(params)
+    for t, grads in enumerate(gradients, start=1):
+        beta2 = 1 - t ** -0.8
+        for i, (x, g) in enumerate(zip(params, grads)):
+            alpha = rho * max(eps2, x.square().mean().sqrt().item()) if relative else rho
+            squares = g.square() + eps1
+            if x.dim() == 2:
+                rows[i] = beta2 * rows[i] + (1 - beta2) * squares.sum(dim=1)
+                columns[i] = beta2 * columns[i] + (1 - beta2) * squares.sum(dim=0)
+                full[i] = torch.outer(rows[i], columns[i]) / rows[i].sum()
+            else:
+                full[i] = beta2 * full[i] + (1 - beta2) * squares
+            u = g / full[i].sqrt()
+            x -= alpha * u / max(1.0, u.square().mean().sqrt().item() / d)
+    return params
+
+
+def test_the_first_adafactor_step_by_hand():
+    """Rows of G^2 have means 2.5 and 12.5, columns 5 and 10, all 7.5: V = [[5/3, 10/3], [25/3, 50/3]]."""
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    p.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    optimizer = Adafactor([p], lr=0.1)
+    optimizer.step()
+    u = p.grad / torch.tensor([[5 / 3, 10 / 3], [25 / 3, 50 / 3]]).sqrt()
+    clipped = u / max(1.0, u.square().mean().sqrt().item())
+    assert_close(p.detach(), -0.1 * clipped, rtol=1e-6, atol=0)
+    assert_close(optimizer.state[p]["rows"], torch.tensor([2.5, 12.5]))
+    assert_close(optimizer.state[p]["columns"], torch.tensor([5.0, 10.0]))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_adafactor_is_the_papers_algorithm(relative):
+    """In float64, 1e-12: the order of sums. Among the gradients one with a row of zeros, and one of only zeros."""
+    params = [randn(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(5, 3), (2, 7), (4,), (1, 1)])]
+    params.append(torch.zeros(3, 2, dtype=torch.float64))  # eps2 decides
+    gradients = some_gradients(params, 6)
+    gradients[2][0][1] = 0.0
+    gradients[3][1][:] = 0.0
+    ours = steps_of(lambda p: Adafactor(p, lr=0.02, scale_parameter=relative), params, gradients)
+    for mine, right in zip(ours, adafactor_of_the_paper(params, gradients, 0.02, relative), strict=True):
+        assert_close(mine, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options, theirs", [
+    (dict(weight_decay=0.1), dict(weight_decay=0.1)),
+    (dict(momentum=0.9, weight_decay=0.1), dict(beta1=0.9, weight_decay=0.1)),
+    (dict(scale_parameter=True), dict(scale_parameter=True)),  # (they would multiply the decay by the scale too)
+    (dict(d=0.5), dict(clip_threshold=0.5)),
+])
+def test_adafactor_moves_as_transformers_does(options, theirs):
+    """1e-6: float32 sums in another order. Their momentum is of lr times the update: equal where lr stays."""
+    from transformers.optimization import Adafactor as Reference
+    params = [randn(*shape, seed=i) for i, shape in enumerate([(8, 6), (3, 20), (7,)])]
+    gradients = some_gradients(params, 8)
+    theirs = dict(lr=0.01, relative_step=False, scale_parameter=False, **{}) | theirs
+    ours = steps_of(lambda p: Adafactor(p, lr=0.01, **options), params, gradients)
+    for mine, other in zip(ours, steps_of(lambda p: Reference(p, **theirs), params, gradients), strict=True):
+        assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+def test_with_relative_steps_adafactor_moves_as_torchs():
+    """Torch's has only these, and bounds lr by 1 / sqrt(t), here above it. Its eps1 bounds V instead of being added
+    to it: no difference for gradients of this size.
+    """
+    params = [randn(*shape, seed=i) for i, shape in enumerate([(8, 6), (3, 20), (7,)])]
+    gradients = some_gradients(params, 8)
+    ours = steps_of(lambda p: Adafactor(p, lr=0.01, weight_decay=0.1, scale_parameter=True), params, gradients)
+    theirs = steps_of(lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1), params, gradients)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_close(mine, other, rtol=1e-6, atol=1e-6)  # float32 sums in another order
+
+
+def test_for_an_n_by_m_matrix_it_holds_n_plus_m_floats():
+    matrix, vector = torch.nn.Parameter(randn(40, 30)), torch.nn.Parameter(randn(9))
+    optimizer = Adafactor([matrix, vector])
+    matrix.grad, vector.grad = randn(40, 30), randn(9)
+    optimizer.step()
+    assert {name: tuple(value.shape) for name, value in optimizer.state[matrix].items()} == \
+        {"step": (), "rows": (40,), "columns": (30,)}
+    assert {name: tuple(value.shape) for name, value in optimizer.state[vector].items()} == \
+        {"step": (), "squares": (9,)}
+
+
+def test_squares_of_rank_one_are_known_exactly_so_that_a_step_is_the_sign_of_the_gradient():
+    p, sizes = torch.nn.Parameter(torch.zeros(6, 4)), torch.outer(randn(6), randn(4, seed=1)).abs()
+    p.grad = sizes * randn(6, 4, seed=2).sign()
+    Adafactor([p], lr=0.1).step()
+    assert_close(p.detach(), -0.1 * p.grad.sign(), rtol=1e-5, atol=0)
+
+
+def test_a_sudden_gradient_is_clipped_to_a_step_of_root_mean_square_lr():
+    p = torch.nn.Parameter(torch.zeros(6, 4))
+    optimizer = Adafactor([p], lr=0.1)
+    for size in (1.0, 1.0, 1000.0):
+        before, p.grad = p.detach().clone(), size * randn(6, 4)
+        optimizer.step()
+    # beta2 is 0.58 at step 3: the running mean has only followed by 1 - 0.58, so that U is near 1 / sqrt(0.42)
+    assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_the_size_of_all_gradients_does_not_matter(size):
+    """1e-8 squared is still far above eps1. 1e-5: float32."""
+    params = [randn(8, 6), randn(7)]
+    plain = some_gradients(params, 4)
+    scaled = [[size * grad for grad in grads] for grads in plain]
+    expected = steps_of(lambda p: Adafactor(p, lr=0.01), params, plain)
+    for mine, right in zip(steps_of(lambda p: Adafactor(p, lr=0.01), params, scaled), expected, strict=True):
+        assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+def test_adafactor_without_a_gradient_only_decays_and_without_grad_rests():
+    params = [torch.nn.Parameter(randn(4, 3)), torch.nn.Parameter(randn(5)), torch.nn.Parameter(randn(2, 2))]
+    before = bits(params)
+    for p in params[:2]:
+        p.grad = torch.zeros_like(p)
+    Adafactor(params, lr=0.1, weight_decay=0.5).step()
+    for p, old in zip(params[:2], before):
+        assert_close(p.detach(), old * (1 - 0.1 * 0.5))
+    assert torch.equal(params[2], before[2])
+
+
+def test_relative_steps_would_hold_a_matrix_at_zero():
+    """Why scale_parameter is off: ten steps of eps2 lr each, where without it each is of lr."""
+    for relative, bound in ((True, 1.01e-3), (False, 1.01)):
+        moved = steps_of(lambda p: Adafactor(p, lr=0.1, scale_parameter=relative), [torch.zeros(4, 4)],
+                         [[torch.ones(4, 4)]] * 10)[0]
+        assert moved.abs().max().item() == pytest.approx(bound, rel=0.02)
+
+
+def test_a_new_rate_of_adafactor_holds_at_once():
+    p = torch.nn.Parameter(randn(4, 3))
+    optimizer = Adafactor([p], lr=0.1, momentum=0.9, weight_decay=0.1)
+    p.grad = randn(4, 3, seed=1)
+    optimizer.step()
+    before, optimizer.param_groups[0]["lr"] = p.detach().clone(), 0.0
+    optimizer.step()
+    assert torch.equal(p, before), "is the rate in the momentum?"
+
+
+def test_adafactor_restored_from_its_state_goes_on_bit_for_bit():
+    params = [randn(8, 6), randn(7)]
+    gradients = some_gradients(params, 6)
+    whole = steps_of(lambda p: Adafactor(p, lr=0.01, momentum=0.9), params, gradients)
+    half = [torch.nn.Parameter(p.clone()) for p in params]
+    first, second = Adafactor(half, lr=0.01, momentum=0.9), Adafactor(half, lr=0.01, momentum=0.9)
+    for optimizer, some in ((first, gradients[:3]), (second, gradients[3:])):
+        for p in half:  # as train.py restores it, from its own files
+            for key, value in first.state[p].items():
+                second.state[p][key] = value.clone()
+        for grads in some:
+            for p, grad in zip(half, grads):
+                p.grad = grad
+            optimizer.step()
+    assert equal([p.detach() for p in half], whole)
+
+
+# ---- weights in pieces ---------------------------------------------------------------------------------------
+
+# Ten rows do not divide by 4 nor six by 4, and of (2, 6) some processes hold nothing. Five of one shape do not
+# divide by 4 either. The last two, a table and a vector, are AdamW's beside Muon.
+SHAPES = [(10, 6)] * 5 + [(6, 10)] * 2 + [(2, 6), (12, 4), (20, 5), (7,)]
+OPTIMIZERS = ["muon", "adamw", "adafactor", "adafactor with momentum"]
+LAYOUTS = {2: ["ddp", "fsdp", "tp"], 4: ["ddp", "fsdp", "hsdp", "tp", "fsdp x tp"]}
+
+
+class Weights(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for i, shape in enumerate(SHAPES):
+            self.register_parameter(f"w{i}", torch.nn.Parameter(randn(*shape, seed=i)))
+
+
+def optimizer_for(name, params, mesh=None):
+    if name == "muon":
+        adam = dict(lr=3e-3, betas=(0.9, 0.95))
+        return Muon([dict(params=params[:-2], optimizer="muon", lr=0.02, weight_decay=0.1),
+                     dict(params=params[-2:], **adam)], mesh=mesh)
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1, fused=True)
+    return Adafactor(params, lr=3e-3, weight_decay=0.1, momentum=0.9 if "momentum" in name else None,
+                     scale_parameter="momentum" in name)
+
+
+def after_three_steps(name, params, mesh=None, grad_of=lambda p, grad: grad):
+    """{name: whole value} of the parameters and of all that the optimizer keeps."""
+    optimizer = optimizer_for(name, params, mesh)
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = grad_of(p, randn(*p.shape, seed=1000 * step + i + 1))
+        optimizer.step()
+    found = {f"w{i}": p for i, p in enumerate(params)}
+    found |= {f"w{i}.{key}": value for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
+    return {key: (x.full_tensor() if isinstance(x, DTensor) else x).detach().numpy() for key, x in found.items()}
+
+
+def cut(whole, mesh, placements):
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=placements)
+
+
+def in_pieces(layout, processes):
+    """(weights, mesh for Muon, function that cuts a gradient as its parameter is) for this layout."""
+    model = Weights()
+    two_by_two = (processes // 2, 2)
+    mesh = init_device_mesh("cpu", (processes,) if layout in ("ddp", "fsdp", "tp") else two_by_two)
+    if layout == "ddp":
+        return list(model.parameters()), mesh, lambda p, grad: grad
+    if "tp" in layout:
+        tp = init_device_mesh("cpu", two_by_two, mesh_dim_names=("dp", "tp"))["tp"] if "fsdp" in layout else mesh
+        for i, (name, p) in enumerate(list(model.named_parameters())):  # by columns, by rows, in turn
+            placements = [Replicate()] if p.dim() == 1 else [Shard(i % 2)]
+            model.register_parameter(name, torch.nn.Parameter(cut(p.detach(), tp, placements)))
+    if layout == "tp":
+        def unfinished(p, grad):  # a vector's gradient under sequence parallelism: a sum, still to be taken
+            if p.placements != (Replicate(),):
+                return cut(grad, mesh, p.placements)
+            mine = grad * (2.0 if mesh.get_rank() == 0 else -1.0 / (processes - 1))
+            return DTensor.from_local(mine, mesh, [Partial()], run_check=False)
+        return list(model.parameters()), None, unfinished
+    mesh = init_device_mesh("cpu", two_by_two, mesh_dim_names=("dp", "tp"))["dp"] if "tp" in layout else mesh
+    fully_shard(model, mesh=mesh)
+    return list(model.parameters()), None, lambda p, grad: cut(grad, p.device_mesh, p.placements)
+
+
+def a_process(rank, processes, store, results):
+    """All layouts and optimizers; sends {(layout, optimizer): (values, matrices made orthogonal at once)}."""
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
+        found, at_once, plain = {}, [], optim.orthogonalize
+        optim.orthogonalize = lambda matrices: at_once.append(len(matrices)) or plain(matrices)
+        for layout in LAYOUTS[processes]:
+            for name in OPTIMIZERS:
+                params, mesh, grad_of = in_pieces(layout, processes)
+                at_once.clear()
+                found[layout, name] = after_three_steps(name, params, mesh, grad_of), list(at_once)
+                kinds = {type(placement).__name__ for p in params if isinstance(p, DTensor)
+                         for placement in p.placements}
+                found[layout, "kinds"] = sorted(kinds)
+        dist.barrier()  # none leaves while another still talks to it
+        dist.destroy_process_group()
+        results.put((rank, found))
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """What each of 2 and of 4 processes found: pieces[processes][rank][layout, optimizer]."""
+    context, found = torch.multiprocessing.get_context("spawn"), {}
+    for count in LAYOUTS:
+        results, store = context.Queue(), str(tmp_path_factory.mktemp("store") / "file")
+        processes = [context.Process(target=a_process, args=(rank, count, store, results)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        try:
+            found[count] = dict(results.get(timeout=120) for _ in processes)
+        except queue.Empty:
+            pytest.fail("the processes wait for one another")
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                process.kill()
+        assert all(isinstance(result, dict) for result in found[count].values()), found[count]
+    return found
+
+
+CASES = [(processes, layout, name) for processes, layouts in LAYOUTS.items() for layout in layouts
+         for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("processes, layout, name", CASES)
+def test_in_pieces_weights_move_and_states_are_as_whole_ones(pieces, processes, layout, name):
+    """Muon: float32 rounding, 480-fold, times 0.02 a step; the others: float32 sums in another order."""
+    expected = after_three_steps(name, list(Weights().parameters()))
+    for rank in range(processes):
+        found = pieces[processes][rank][layout, name][0]
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key].shape == value.shape, f"{key} would not load under another layout"
+            tolerance = 1e-5 if name == "muon" and "." not in key else 1e-6
+            assert_close(torch.from_numpy(found[key]), torch.from_numpy(value), rtol=1e-6, atol=tolerance,
+                         msg=lambda message: f"{key} on process {rank}: {message}")
+
+
+@pytest.mark.parametrize("processes, layout, name", CASES)
+def test_all_processes_hold_the_same_bits(pieces, processes, layout, name):
+    first, *others = (pieces[processes][rank][layout, name][0] for rank in range(processes))
+    for other in others:
+        assert all((other[key] == value).all() for key, value in first.items()), \
+            "a whole tensor differs between processes: they drift apart"
+
+
+def test_the_layouts_are_what_they_are_called(pieces):
+    assert {layout: pieces[4][0][layout, "kinds"] for layout in LAYOUTS[4]} == {
+        "ddp": [], "fsdp": ["Shard"], "hsdp": ["Replicate", "Shard"], "tp": ["Replicate", "Shard"],
+        "fsdp x tp": ["Replicate", "Shard", "_StridedShard"]}
+
+
+@pytest.mark.parametrize("processes, layout", [(n, layout) for n in LAYOUTS for layout in LAYOUTS[n]])
+def test_each_matrix_is_made_orthogonal_once_and_by_all_in_turn(pieces, processes, layout):
+    """Every process holds at most one whole matrix of those in pieces; nine matrices, three steps."""
+    at_once = [pieces[processes][rank][layout, "muon"][1] for rank in range(processes)]
+    assert sum(map(sum, at_once)) == 3 * 9, "is the same work done twice?"
+    if layout != "ddp":
+        assert max(map(max, at_once)) == 1, "whole matrices pile up on a process"
+    assert max(map(sum, at_once)) < 3 * 9, "one process does all the work"
+
+
+# ---- groups --------------------------------------------------------------------------------------------------
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**{"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2, "qk_norm": True,
+                                      **changes}))
+
+
+def settings(**changes):
+    return SimpleNamespace(**{
+        "optimizer": "muon", "lr": 0.02, "adam_lr": 8e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8,
+        "steps": 100, "warmup_steps": 9, "schedule": "linear", "final_lr": 0.0, "decay_share": 0.5, **changes})
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_is_in_one_group_and_no_vector_decays(optimizer, tied):
+    model = small_model(tie_embeddings=tied, attention_bias=True)
+    groups = make_optimizer(model, settings(optimizer=optimizer)).param_groups
+    placed = [p for group in groups for p in group["params"]]
+    assert len(placed) == len(set(placed)) == len(list(model.parameters()))
+    for group in groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_matrices_inside_blocks_are_for_the_optimizer_asked_for_and_have_the_rate_lr():
+    model = small_model()
+    inside = {id(p) for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name}
+    for optimizer, rest in (("muon", "adamw"), ("adamw", "adamw"), ("adafactor", "adafactor")):
+        groups = parameter_groups(model, settings(optimizer=optimizer))
+        assert [group["optimizer"] for group in groups] == [optimizer, rest, rest]
+        assert [group["lr"] for group in groups] == [0.02, 8e-3, 8e-3]
+        assert {id(p) for p in groups[0]["params"]} == inside
+        for group in groups:
+            assert group["lr_scale"] * 0.02 == pytest.approx(group["lr"])
+
+
+def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
+    model = small_model()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "lm_head.weight")
+    (group,) = parameter_groups(model, settings())
+    assert group["params"] == [model.lm_head.weight]
+
+
+@pytest.mark.parametrize("optimizer, kind", [("muon", Muon), ("adamw", torch.optim.AdamW),
+                                             ("adafactor", Adafactor)])
+def test_make_optimizer_gives_what_was_asked_for_and_its_first_step_is_as_large_as_its_rate(optimizer, kind):
+    model = small_model()
+    made = make_optimizer(model, settings(optimizer=optimizer, weight_decay=0.0))
+    assert type(made) is kind
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for i, p in enumerate(model.parameters()):
+        p.grad = randn(*p.shape, seed=i)
+    made.step()
+    for name, p in model.named_parameters():
+        inside = p.dim() == 2 and ".layers." in name
+        moved = (p.detach() - before[name]).square().mean().sqrt().item() / (0.02 if inside else 8e-3)
+        if inside and optimizer == "muon":  # an orthogonal n x m matrix, n < m, has root mean square 1 / sqrt(m)
+            moved *= min(p.shape) ** 0.5
+        # Muon's singular values are near 0.9; Adafactor's first step is G / sqrt(V), with V only near G^2
+        assert 0.6 < moved < 1.2, name
+
+
+def test_the_groups_are_told_in_one_line_and_only_to_who_asks(capsys):
+    model, told = small_model(), []
+    make_optimizer(model, settings())
+    make_optimizer(model, settings(), say=told.append)
+    assert capsys.readouterr().out == "" and told == [describe_groups(parameter_groups(model, settings()))]
+    matrices = 2 * (4 * 32 * 32 + 3 * 32 * model.config.ffn_dim)
+    assert told[0] == (f"weights: matrices in blocks (14 tensors, {matrices:,} parameters): muon, peak lr 0.02, "
+                       f"weight decay 0.1; embedding and head (2 tensors, 3,200 parameters): adamw, peak lr 0.008, "
+                       f"weight decay 0.1; vectors (9 tensors, 224 parameters): adamw, peak lr 0.008, "
+                       f"weight decay 0")
+
+
+# ---- schedules -----------------------------------------------------------------------------------------------
+
+EVERY = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+def rates(**changes):
+    """From step 0 to `steps`, the first that is not made, as shares of the peak."""
+    given = settings(lr=1.0, **changes)
+    return [learning_rate(step, given) for step in range(given.steps + 1)]
+
+
+@EVERY
+def test_the_rate_rises_linearly_to_the_peak_and_then_never_again(schedule):
+    found = rates(schedule=schedule, final_lr=0.1)
+    assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(found) == found[9] == 1.0
+    assert all(later <= earlier for earlier, later in zip(found[9:], found[10:]))
+
+
+@EVERY
+@pytest.mark.parametrize("final_lr", [0.0, 0.1, 1.0])
+def test_the_step_after_the_last_would_have_the_final_rate_and_no_step_has_none(schedule, final_lr):
+    found = rates(schedule=schedule, final_lr=final_lr)
+    assert found[-1] == pytest.approx(final_lr, abs=1e-12)
+    assert min(found[:-1]) > 0 and found[-2] >= final_lr - 1e-12
+    steps = settings(lr=1.0, schedule=schedule, steps=1_000_000)
+    assert learning_rate(999_999, steps) > 0, "the last step of a long run would be made for nothing"
+
+
+def test_linear_is_a_line():
+    assert rates(schedule="linear", final_lr=0.2)[9:] == pytest.approx([1 - 0.8 * i / 91 for i in range(92)])
+
+
+def test_cosine_is_half_a_wave():
+    """Loshchilov & Hutter 2017, Eq. 5: min + (max - min) / 2 (1 + cos(pi t / T)); half-way it is in the middle."""
+    found = rates(schedule="cosine", final_lr=0.2, warmup_steps=20)[20:]
+    assert found == pytest.approx([0.2 + 0.4 * (1 + math.cos(math.pi * t / 80)) for t in range(81)])
+    assert found[40] == pytest.approx(0.6)
+
+
+def test_inverse_sqrt_is_vaswanis_where_it_need_not_be_stretched():
+    """Eq. 3: min(n^-0.5, n w^-1.5) counted from n = 1, over its peak w^-0.5."""
+    w, n = 10, range(1, 102)
+    vaswani = [min(i ** -0.5, i * w ** -1.5) * w ** 0.5 for i in n]
+    assert rates(schedule="inverse_sqrt", final_lr=(10 / 101) ** 0.5) == pytest.approx(vaswani)
+    stretched = rates(schedule="inverse_sqrt", final_lr=0.05)
+    slope = [(b - 0.05) / (a - vaswani[-1]) for a, b in zip(vaswani[9:-1], stretched[9:-1])]
+    assert slope == pytest.approx([slope[0]] * len(slope)), "stretched, but not bent"
+
+
+def test_wsd_stays_level_and_falls_in_a_line_over_the_last_share():
+    found = rates(schedule="wsd", decay_share=0.5)
+    assert found[9:51] == pytest.approx([1.0] * 42)
+    assert found[50:] == pytest.approx([1 - i / 50 for i in range(51)])
+    assert rates(schedule="wsd", decay_share=0.0)[9:] == [1.0] * 92
+    assert rates(schedule="wsd", decay_share=1.0) == pytest.approx(rates(schedule="linear")), \
+        "where the warm-up ends the fall begins"
+
+
+@EVERY
+@pytest.mark.parametrize("changes", [{}, {"decay_share": 1.0}, {"warmup_steps": 1}, {"final_lr": 0.9}])
+def test_there_is_no_jump(schedule, changes):
+    """With all times a thousandfold, a step changes the rate by next to nothing, where parts join as elsewhere."""
+    scale = 1000
+    changes = {"warmup_steps": 9, **changes}
+    changes["warmup_steps"] *= scale
+    found = rates(schedule=schedule, steps=20 * scale, **changes)
+    steepest = max(1 / changes["warmup_steps"], 4 / scale)  # the last: a fall within the last 250 steps
+    assert max(abs(b - a) for a, b in zip(found, found[1:])) <= steepest
+
+
+@EVERY
+@pytest.mark.parametrize("steps, warmup_steps", [(1, 0), (1, 1), (1, 10), (5, 5), (5, 4), (5, 50), (2, 0)])
+def test_short_runs_and_long_warm_ups(schedule, steps, warmup_steps):
+    found = rates(schedule=schedule, steps=steps, warmup_steps=warmup_steps)[:-1]
+    rising = min(steps, warmup_steps + 1)
+    assert found[:rising] == pytest.approx([(i + 1) / (warmup_steps + 1) for i in range(rising)])
+    assert all(0 < rate <= 1 for rate in found)
+
+
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="'sine' is none of linear, cosine"):
+        learning_rate(50, settings(schedule="sine"))
+
+
+def test_a_picture_is_as_high_as_the_rate():
+    """Five rows of eighths: each column's blocks, added up, are the rate to the nearest fortieth."""
+    given = settings(lr=0.3, steps=600, warmup_steps=60, final_lr=0.1, schedule="cosine")
+    lines = [line.ljust(60) for line in picture(given).split("\n")]
+    assert len(lines) == 5
+    for i in range(60):
+        eighths = sum(" ▁▂▃▄▅▆▇█".index(line[i]) for line in lines)
+        assert eighths / 40 == pytest.approx(learning_rate(10 * i, given) / 0.3, abs=0.5 / 40 + 1e-9)
+
+
+def test_the_command_draws_every_schedule():
+    command = [sys.executable, "-X", "utf8", str(Path(optim.__file__))]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100, check=True)
+    assert all(f"\n{schedule}\n" in done.stdout for schedule in SCHEDULES) and "█" in done.stdout

@@ -101,36 +101,6 @@ def digest(out):
     return hashlib.sha256((Path(out) / "model.safetensors").read_bytes()).hexdigest()
 
 
-# ---- the schedule and the optimizer ------------------------------------------------------------------------
-
-
-def test_the_learning_rate_rises_linearly_stays_and_falls_linearly_to_zero(tmp_path):
-    settings = settings_for(tmp_path, steps=100, warmup_steps=9, decay_share=0.5, lr=1.0)
-    rates = [train.learning_rate(step, settings) for step in range(101)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10:50] == pytest.approx([1.0] * 40)
-    assert rates[50:] == pytest.approx([1 - i / 50 for i in range(51)]), \
-        "the step after the last would have rate 0"
-
-
-def test_every_parameter_is_in_one_group_and_no_vector_decays(tmp_path):
-    model = small_model()
-    for optimizer in ("muon", "adamw"):
-        groups = train.make_optimizer(model, settings_for(tmp_path, optimizer=optimizer)).param_groups
-        placed = [p for group in groups for p in group["params"]]
-        assert len(placed) == len(set(placed)) == len(list(model.parameters()))
-        for group in groups:
-            assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
-
-
-def test_muon_moves_only_the_matrices_inside_blocks(tmp_path):
-    model = small_model()
-    groups = train.make_optimizer(model, settings_for(tmp_path)).param_groups
-    moved = {id(p) for group in groups if group.get("muon") for p in group["params"]}
-    expected = {id(p) for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name}
-    assert moved == expected
-
-
 # ---- the loss ----------------------------------------------------------------------------------------------
 
 

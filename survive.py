@@ -1,0 +1,344 @@
+"""A run that survives: kills, full disks, lost processes, spikes of the loss.
+
+The state of a run is its weights, the optimizer's moments and a few numbers; batches and randomness follow
+from (seed, step). It is stored whole, whatever the number and layout of the processes that write or read it:
+
+    save     each process copies its parts into the CPU's memory (that alone stops training), then a thread of
+             process 0 asks the others' for them, one tensor at a time, and writes. checkpoint.py sees to it that
+             a state on the disk is whole or absent, and bears checksums.
+    load     each process maps the files and copies its own parts out of them.
+
+A step whose loss or gradient is not finite, or whose loss jumps (`spike_limit`), never touches a weight: it
+raises `BadStep` on every process alike, and the loop goes back to the last state and round the batches since
+then (as in Chowdhery et al. 2022, section 5.1), until that has happened too often.
+"""
+import itertools
+import json
+import math
+import re
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from checkpoint import load_state, save_model, save_state, write_order, write_settings
+from config import UserError
+from model import Transformer
+from parallel import Env, own_part, part_at
+
+
+PATIENCE = timedelta(days=7)  # writing a state may take long
+
+
+class BadStep(UserError):
+    """A step that must not be made; no weight has been touched. Raised on every process alike."""
+
+
+def spike_limit(losses: list[float], deviations: float) -> float:
+    """The loss above which a step counts as a spike: the median of the last losses + some deviations.
+
+    losses: of the last steps, nats; with fewer than 20 there is no limit. The deviation is 1.4826 times the
+    median distance from the median, which is the standard deviation where losses scatter normally, and which,
+    unlike that, one wild loss does not move; at least 1 % of the median. deviations: 0 for no limit.
+    """
+    if len(losses) < 20 or not deviations:
+        return math.inf
+    middle = statistics.median(losses)
+    spread = 1.4826 * statistics.median(abs(loss - middle) for loss in losses)
+    return middle + deviations * max(spread, 0.01 * abs(middle))
+
+
+class LossScale:
+    """The factor that lifts fp16 gradients off zero (Micikevicius et al. 2018, section 3.2), kept by trial.
+
+    Halved when a step's gradients overflow, doubled after `patience` steps in which none did. Unlike torch's
+    GradScaler it needs no pass over the gradients and no message between processes: the loop divides by it where
+    it divides by the count, and the global norm, equal on all, says whether there was an overflow.
+    """
+
+    def __init__(self, scale: float = 2.0 ** 16, patience: int = 1000):
+        self.scale, self.good_steps, self.patience = scale, 0, patience
+
+    def update(self, overflow: bool):
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.scale /= 2
+        elif self.good_steps == self.patience:
+            self.scale, self.good_steps = min(self.scale * 2, 2.0 ** 24), 0
+
+    def state_dict(self) -> dict:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict):
+        self.scale, self.good_steps = state["scale"], state["good_steps"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+class Parted:
+    """Stands for a tensor whose parts lie with several processes; process 0 can put it together, once.
+
+    All processes make one of each tensor. Process 0 calls `whole`, in the same order in which the others call
+    `send`. of: the tensor, a DTensor where it lies in parts. copy: this process's part, if `of` will have
+    changed by then. group: of gloo, used by one thread at a time.
+    """
+
+    def __init__(self, of: Tensor, group=None, copy: Tensor | None = None):
+        self.of, self.group, self.copy = of, group, copy
+        self.shape, self.dtype, self.fetched = of.shape, of.dtype, False
+
+    def local(self) -> Tensor:
+        tensor = self.of if self.copy is None else self.copy
+        return local_part(tensor).detach().cpu().contiguous()
+
+    def whole(self) -> Tensor:
+        """The tensor in the CPU's memory."""
+        self.fetched = True
+        if not isinstance(self.of, DTensor):
+            return self.local()
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for rank, place in holders(self.of):
+            part = part_at(whole, self.of, place)
+            if rank == 0:
+                part.copy_(self.local())
+            elif part.numel():
+                received = torch.empty(part.shape, dtype=part.dtype)
+                dist.recv(received, rank, self.group)
+                part.copy_(received)
+        return whole
+
+    def send(self):
+        rank = dist.get_rank()
+        if isinstance(self.of, DTensor) and rank in dict(holders(self.of)) and self.local().numel():
+            dist.send(self.local(), 0, self.group)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def holders(tensor: DTensor) -> list[tuple[int, list[int]]]:
+    """(rank, place on the mesh) of those that together hold every part once; of replicas, the first."""
+    mesh, found = tensor.device_mesh, []
+    for place in itertools.product(*map(range, mesh.shape)):
+        if all(p == 0 for p, placement in zip(place, tensor.placements) if placement.is_replicate()):
+            found.append((int(mesh.mesh[place]), list(place)))
+    return found
+
+
+def together(write: Callable[[], None], tensors: list[dict[str, Parted]], rank: int):
+    """Call write() on process 0, while the others send it the tensors, dict after dict, in `write_order`."""
+    ordered = [named[name] for named in tensors for name in write_order(named)]
+    if rank > 0:
+        for tensor in ordered:
+            tensor.send()
+        return
+    try:
+        write()
+    finally:
+        for tensor in ordered:  # after a full disk, say: nobody is left waiting
+            if not tensor.fetched:
+                tensor.whole()
+
+
+def save_whole(model: nn.Module, tokenizer, folder: Path, env: Env):
+    """checkpoint.save_model, for a model that may lie in parts."""
+    tensors = {name: Parted(p, env.patient) for name, p in model.named_parameters()}  # a tied head has one name
+    env.each(lambda: together(lambda: save_model(model, tokenizer, folder, tensors=tensors), [tensors], env.rank))
+
+
+class Run:
+    """What a training run is, and what of it a state on the disk holds; `save` writes in the background.
+
+    Beside the tensors a state holds: step (how many are done), skipped_windows (of the data, after rollbacks),
+    rollbacks, losses (of the last 100 steps), best_loss, best_step (by held-out loss), and the loss scale.
+    """
+    NUMBERS = ("skipped_windows", "rollbacks", "losses", "best_loss", "best_step")
+
+    def __init__(self, folder: Path, model: nn.Module, tokenizer, optimizer, env: Env, identity: dict):
+        """identity: settings and the like, which must be equal for a state to be gone on from."""
+        self.folder, self.model, self.tokenizer, self.optimizer = folder, model, tokenizer, optimizer
+        self.env, self.identity = env, json.loads(json.dumps(identity))  # tuples become lists, as in a file
+        self.scaler = LossScale() if env.precision == "fp16" else None
+        self.step, self.skipped_windows, self.rollbacks, self.losses = 0, 0, 0, []
+        self.best_loss, self.best_step = None, None
+        self.thread, self.error, self.stall = None, None, None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if env.world_size > 1 else None
+
+    def save(self, log):
+        """Begin to write this moment's state; training waits only for a copy in memory, and the last state."""
+        began = time.perf_counter()
+        self.wait()
+        self.env.first(log.sync)  # first: a state must never know of a step that the log has lost
+        extra = {"identity": self.identity, "scaler": self.scaler.state_dict() if self.scaler else None,
+                 **{name: getattr(self, name) for name in self.NUMBERS}}
+        tensors = {group: {name: Parted(tensor, self.group, local_part(tensor).detach().cpu().clone())
+                           for name, tensor in named.items()}
+                   for group, named in named_tensors(self.model, self.optimizer).items()}
+        self.thread = threading.Thread(target=self.write, args=(self.step, tensors, extra))
+        self.thread.start()
+        self.stall = time.perf_counter() - began
+
+    def write(self, step: int, tensors: dict[str, dict[str, Parted]], extra: dict):
+        def write():
+            also_keep = () if extra["best_step"] is None else (extra["best_step"],)
+            save_state(self.folder / "state", step, tensors, extra, also_keep=also_keep, beside=self.beside)
+        try:
+            together(write, list(tensors.values()), self.env.rank)
+        except BaseException as error:  # of the thread: raised where the loop waits
+            self.error = error
+
+    def beside(self, folder: Path):
+        """Make a state's folder a model folder too: sample.py and transformers open it."""
+        if isinstance(self.model, Transformer):
+            write_settings(self.model, self.tokenizer, folder)
+
+    def wait(self):
+        """Wait until the last state is on the disk; raise, on all processes, what kept it from there."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread, error, self.error = None, self.error, None
+            if self.env.any(error is not None):
+                raise error or SystemExit(2)
+
+    def news(self) -> dict:
+        """What the log should tell: for how long the last save stopped training, and how often it went back."""
+        line = {} if self.stall is None else {"save_stall_seconds": round(self.stall, 4)}
+        self.stall = None
+        return line | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
+
+    @torch.no_grad()
+    def load(self):
+        """Go to the newest whole state in the folder; stay where there is none.
+
+        Process 0 verifies the checksums; each process then copies its own parts out of the mapped files.
+        Raises UserError where the state is another run's.
+        """
+        state = newest_state(self.folder, self.env)
+        if state is None:
+            return
+        self.step, tensors, extra = state
+        check_identity(self.folder, extra["identity"], self.identity)
+        for name in self.NUMBERS:
+            setattr(self, name, extra[name])
+        if self.scaler and extra["scaler"]:
+            self.scaler.load_state_dict(extra["scaler"])
+        parameters = dict(self.model.named_parameters())
+        for name, p in parameters.items():
+            local_part(p).copy_(own_part(tensors["model"][name], p))
+        self.optimizer.state.clear()
+        for name, whole in tensors["optimizer"].items():
+            name, _, key = name.rpartition(".")
+            self.optimizer.state[parameters[name]][key] = laid_out(whole, parameters[name])
+
+
+def named_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
+    """{"model": weights, "optimizer": moments}, by name; a tied head has one name, and is written once."""
+    names = {p: name for name, p in model.named_parameters()}
+    moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return {"model": {name: p for p, name in names.items()}, "optimizer": moments}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def newest_state(folder: Path, env: Env) -> tuple[int, dict, dict] | None:
+    """(step, tensors, extra) of the newest whole state, mapped; the same on every process."""
+    states = []
+    env.first(lambda: states.append(load_state(folder / "state", say=env.say)))
+    step = torch.tensor(states[0][0] if states and states[0] else -1)
+    if env.world_size > 1:
+        dist.broadcast(step, src=0, group=env.patient)
+    if step < 0:
+        return None
+    state = states[0] if states else load_state(folder / "state", only=int(step))
+    if env.any(state is None):
+        raise UserError(f"the processes see different states in {folder}; --out must be on a disk they share")
+    return state
+
+
+def laid_out(whole: Tensor, p: Tensor) -> Tensor:
+    """A moment of parameter p: where it has p's shape this process's part, laid out as p is; else all of it."""
+    if whole.shape != p.shape:
+        return whole.clone().to(p.device)
+    moment = torch.empty_like(p, dtype=whole.dtype, requires_grad=False)
+    local_part(moment).copy_(own_part(whole, p))
+    return moment
+
+
+def check_identity(folder: Path, found: dict, wanted: dict):
+    """Raise UserError where the run in `folder` was begun with other settings than those wanted now."""
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            raise UserError(f"{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; "
+                            f"continue it with its own settings, choose another --out, or pass --overwrite "
+                            f"to delete it")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals, and processes that are lost
+
+
+class stop_signals:
+    """Within this context Ctrl-C and SIGTERM only raise a flag, so that the step is finished and saved.
+
+    One more, a second or later, stops at once. (A launcher may pass on the Ctrl-C that the terminal has sent
+    to all, so two within a second are one.) SIGUSR1, where there is one, raises the flag `evaluate`.
+    """
+
+    def __enter__(self):
+        self.signal, self.when, self.old, self.evaluate = 0, 0.0, {}, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.old[number] = signal.signal(number, self.note)
+        if hasattr(signal, "SIGUSR1"):
+            self.old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self.note_evaluate)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if not self.signal:
+            self.signal, self.when = number, time.monotonic()
+        elif time.monotonic() - self.when > 1:
+            raise KeyboardInterrupt
+
+    def note_evaluate(self, number, frame):
+        self.evaluate = True
+
+    def asked(self) -> bool:
+        """Whether an evaluation has been asked for since the last call."""
+        asked, self.evaluate = self.evaluate, False
+        return asked
+
+    def __bool__(self):
+        return self.signal != 0
+
+    def exit(self, message: str, env: Env):
+        env.say(message)
+        # what a shell reports for a program ended by this signal
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))
+
+
+def lost_process(error: RuntimeError, env: Env, minutes: float) -> UserError | None:
+    """The error in a line, where it says that another process is gone or hangs; None where it is another."""
+    text = str(error)
+    if not re.search(r"gloo|nccl|NCCL|[Tt]imed out|Connection (closed|reset)", text):
+        return None
+    hangs = re.search(r"[Tt]imed out|[Tt]imeout", text)
+    what = f"another process did not answer for {minutes:g} minutes (--timeout_minutes): it hangs" if hangs else \
+        "the connection to another process is lost: it ended, see its message"
+    return UserError(f"process {env.rank} of {env.world_size}: {what}. The same command goes on from the last "
+                     f"state; torchrun --max-restarts 3 does so by itself")

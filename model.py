@@ -449,17 +449,17 @@ def estimate_memory(config: ModelConfig, batch_size: int, seq_len: int, *, optim
     held = parameter_memory(config, width, optimizer, fsdp, reshard, 1 if data_parallel == "ddp" else shards,
                             tensor_parallel)
     tokens, stream = batch_size * seq_len, width if fsdp else 4
-    blocks, recomputed = block_activations(config, width, stream, seq_len if masked else 0, tensor_parallel)
+    blocks, recomputed = block_activations(config, width, stream, masked * seq_len, tensor_parallel)
     every_kth = 0 if activation_checkpointing == "none" else config.n_layers // checkpoint_every
     kept = ((config.n_layers - every_kth) * blocks["none"] + every_kth * blocks[activation_checkpointing]
             + (recomputed[activation_checkpointing] if every_kth else 0))  # of one block at a time
-    ends = 8 + (4 + stream) * config.dim / tensor_parallel + 4 + (seq_len if masked else 0)  # ids, last norm
+    ends = 8 + ((4 + stream) * config.dim + 4) / tensor_parallel + masked * seq_len  # ids, last norm, mask
     held["activations"] = tokens * (kept + ends) + 4 * seq_len * config.head_dim  # rotary angles
     C, V = config.dim, config.vocab_size / tensor_parallel
     if chunked_loss:  # hidden states, their gradient and the head's, what a chunk adds to it, and chunks
         rows = min(tokens, max(1, chunk // V))
-        logits = 8 - (width if rows == tokens else 0)  # bytes, with the gradient of the chunk before
-        held["logits"] = 2 * stream * tokens * C + (4 + width) * V * C + logits * rows * V
+        chunks = (8 - width) * rows + width * min(rows, tokens - rows)  # with the gradient of the one before
+        held["logits"] = 2 * stream * tokens * C + (4 + width) * V * C + V * chunks
     else:  # what the head multiplies; the log-softmax, and on the way back two gradients
         held["logits"] = tokens * (width * C + 3 * 4 * V)
     held = {part: math.ceil(size) for part, size in held.items()}
@@ -471,9 +471,9 @@ def parameter_memory(config: ModelConfig, width: int, optimizer: str, fsdp: bool
     """Bytes of weights, gradients and moments: float32, cut into `shards`; matrices by tensor_parallel too.
 
     Beside them, of the width of the products (2 or 4): under autocast a copy of each matrix that multiplies,
-    from its forward to its backward pass. Under FSDP whole weights, of two blocks (one is at work, the next
-    is fetched), or of all where they are not dropped after the forward pass (`reshard`), and whole gradients
-    of one block; and both of embedding and head.
+    from its forward to its backward pass. Under FSDP whole weights of two blocks (one is at work, the next is
+    fetched), or of all where they are not dropped after the forward pass (`reshard`); whole gradients of one
+    block, and once more as they are sent; and whole weights and gradients of embedding and head.
     """
     with torch.device("meta"):  # shapes without memory
         block = [p.shape for p in Block(config).parameters()]
@@ -491,7 +491,7 @@ def parameter_memory(config: ModelConfig, width: int, optimizer: str, fsdp: bool
     held = {"weights": 4 * own / shards, "gradients": 4 * own / shards, "moments": 4 * moments}
     if fsdp:
         held["weights"] += width * (numbers(ends) + (min(2, L) if reshard else L) * numbers(block))
-        held["gradients"] += width * (numbers(ends) + numbers(block))
+        held["gradients"] += width * (numbers(ends) + numbers(block)) + 4 * numbers(block)
     elif width == 2:
         held["weights"] += 2 * (L * numbers(shape for shape in block if len(shape) > 1) + numbers(ends[:1]))
     return held

@@ -182,9 +182,11 @@ STRAY = "".join(map(chr, range(0xDC80, 0xDD00)))  # what "surrogateescape" makes
 def with_fim_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the three FIM_TOKENS at its end: other ids stay, and with them token shards."""
     missing = [text for text in FIM_TOKENS if text not in tokenizer.special_tokens]
+    if not missing:
+        return tokenizer
     added = {text: id for id, text in enumerate(missing, tokenizer.vocab_size)}
     return Tokenizer(tokenizer.merges, tokenizer.special_tokens | added, tokenizer.pattern,
-                     tokenizer.ordinary_vocab()) if missing else tokenizer
+                     tokenizer.ordinary_vocab())
 
 
 def arrange(prefix: list[int], middle: list[int], suffix: list[int], spm: bool, tokenizer) -> list[int]:
@@ -305,10 +307,9 @@ class Settings:
         require(self, n=(1, None), span=(1, None), batch_size=(1, None), seed=(0, 2 ** 63 - 1))
 
 
-@torch.no_grad()
 def measure_infilling(model: Transformer, tokenizer: Tokenizer, data_folder, n: int = 500, span: int = 16,
                       cut: str = "words", seed: int = 0, batch_size: int = 100) -> dict[str, dict]:
-    """{"left to right" | "PSM" | "SPM": {"bits_per_byte", "begins", "exact"}} for n hidden middles.
+    """{"left to right" | "PSM" | "SPM": {"bits_per_byte", "begins", "exact", "middles"}}: n hidden middles.
 
     Every order has the same middles and as many tokens of context: all of them before the middle, or up to
     half of them behind it. One rule for all: bits_per_byte is -log2 p(middle) over the bytes of all middles,
@@ -334,6 +335,7 @@ def measure_infilling(model: Transformer, tokenizer: Tokenizer, data_folder, n: 
     return {order: scores(model, tokenizer, prompts[order], middles, span, batch_size) for order in prompts}
 
 
+@torch.no_grad()
 def scores(model, tokenizer, prompts: list[list[int]], middles: list[str], span: int,
            batch_size: int) -> dict:
     """What measure_infilling says of one order."""
@@ -351,7 +353,7 @@ def scores(model, tokenizer, prompts: list[list[int]], middles: list[str], span:
             exact += ended and text == middle.encode()
     num_bytes = sum(len(middle.encode()) for middle in middles)
     return {"bits_per_byte": nats / math.log(2) / num_bytes, "begins": begins / len(middles),
-            "exact": exact / len(middles)}
+            "exact": exact / len(middles), "middles": len(middles)}
 
 
 def continuations(prompts: list[list[int]], targets: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
@@ -416,6 +418,8 @@ def main():
     show(settings)
     results = measure_infilling(model, tokenizer, settings.data, settings.n, settings.span, settings.cut,
                                 settings.seed, settings.batch_size)
+    number = results["left to right"]["middles"]
+    print(f"{number} hidden middles; two standard errors of a share: {1 / math.sqrt(number):.1%} at most")
     if len(results) == 1:
         print(f"{settings.model} lacks the tokens {' '.join(FIM_TOKENS)}: only left to right is measured")
     print(f"{'':<15}{'bits per byte':>14}{'begins with the middle':>24}{'and ends there':>16}")

@@ -55,15 +55,13 @@ class Muon(torch.optim.Optimizer):
     groups: dicts of params, optimizer, lr, weight_decay; for the AdamW groups also betas and eps. momentum:
     decay of the running mean of gradients; Nesterov's form is used. A matrix moves by lr * sqrt(max(1, rows /
     columns)) * U Vᵀ, so that a unit input changes its output by about lr whatever the shape.
-    mesh: processes that all hold these weights whole, and share the work (see `orthogonalize_together`).
 
     Unlike torch.optim.Muon: float32 instead of bfloat16, in which a CPU without bfloat16 instructions is a
     hundred times slower; matrices of one shape are one batch; weights may be DTensors; one object serves all.
     """
 
-    def __init__(self, groups: list[dict], momentum: float = 0.95, mesh=None):
+    def __init__(self, groups: list[dict], momentum: float = 0.95):
         super().__init__(groups, {"optimizer": "adamw", "momentum": momentum, "weight_decay": 0.0})
-        self.mesh = mesh
         self.share_with_adamw()
 
     def __setstate__(self, state: dict):
@@ -97,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             directions.append(grad.lerp(momentum, group["momentum"]))  # Nesterov: look one step ahead
         rows, columns = params[0].shape
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-        for p, update in zip(params, orthogonalize_together(directions, params[0], self.mesh)):
+        for p, update in zip(params, orthogonalize_together(directions, params[0])):
             own(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
 
 
@@ -118,25 +116,22 @@ def stackable(params: list[Tensor]) -> list[list[Tensor]]:
     return lists
 
 
-def orthogonalize_together(directions: list[Tensor], p: Tensor, mesh=None) -> Tensor:
+def orthogonalize_together(directions: list[Tensor], p: Tensor) -> Tensor:
     """`orthogonalize` N directions, of which each process has the piece that it has of p: such pieces, (N, …).
 
     It takes whole matrices. Instead of every process gathering all, each is sent its share of them (what was
-    cut along rows or columns is then cut along N), and gives back the pieces. Matrices that all processes of
-    a mesh hold whole are shared out too; without a mesh, each does all.
+    cut along rows or columns is then cut along N), and gives back the pieces. Matrices that stand whole on
+    each process (a single one, or DDP) each process does by itself.
     """
-    if isinstance(p, DTensor):
-        mesh, placements = p.device_mesh, p.placements
-    elif mesh is not None:
-        placements = [Replicate()] * mesh.ndim
-    else:
+    if not isinstance(p, DTensor):
         return orthogonalize(torch.stack(directions))
     shape = (*p.shape, len(directions))  # N last: rows and columns are dimensions 0 and 1, as placements say
-    batch = join(torch.stack(directions, dim=-1), mesh, placements, shape)
-    share = batch.redistribute(placements=[Shard(2)] * mesh.ndim).to_local()  # (rows, columns, 0 or more)
-    share = orthogonalize(share.movedim(-1, 0)).movedim(0, -1)
-    done = join(share.contiguous(), mesh, [Shard(2)] * mesh.ndim, shape)
-    return done.redistribute(placements=placements).to_local().movedim(-1, 0)
+    by_process = [Shard(2)] * p.device_mesh.ndim
+    batch = join(torch.stack(directions, dim=-1), p.device_mesh, p.placements, shape)
+    share = batch.redistribute(placements=by_process).to_local().movedim(-1, 0)  # (0 or more, rows, columns)
+    share = orthogonalize(share).movedim(0, -1).contiguous()
+    done = join(share, p.device_mesh, by_process, shape)
+    return done.redistribute(placements=p.placements).to_local().movedim(-1, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -300,16 +295,16 @@ def describe_groups(groups: list[dict]) -> str:
         for group in groups)
 
 
-def make_optimizer(model: nn.Module, settings, say=None, mesh=None) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings, say=None) -> torch.optim.Optimizer:
     """The optimizer that settings.optimizer names, for the model's `parameter_groups`; `say` is told these.
 
-    mesh: as for Muon. Call it after the model was cut into pieces: the optimizer holds the pieces.
+    To be called once the model is in pieces, as an optimizer holds on to the tensors it is given.
     """
     groups = parameter_groups(model, settings)
     if say:
         say(describe_groups(groups))
     if settings.optimizer == "muon":
-        return Muon(groups, mesh=mesh)
+        return Muon(groups)
     return Adafactor(groups) if settings.optimizer == "adafactor" else torch.optim.AdamW(groups, fused=True)
 
 

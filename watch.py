@@ -137,17 +137,17 @@ def machine_memory() -> int:
 
 def out_of_memory(error: BaseException, settings) -> UserError | None:
     """What was asked for, where, and what helps, if the error says that memory ran out; None for others."""
-    text = str(error)
-    words = r"out of memory|DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED"
-    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and re.search(words, text)):
+    text, words = str(error), r"out of memory|DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED"
+    from_torch = isinstance(error, RuntimeError) and re.search(words, text)
+    if not from_torch and not isinstance(error, MemoryError):
         return None
-    size = re.search(r"(?:tried|unable) to allocate (?:(\d+) bytes|([\d.]+ [KMGTPE]i?B))", text, re.IGNORECASE)
+    size = re.search(r"(?:[Tt]ried|Unable) to allocate (?:(\d+) bytes|([\d.]+ [KMGTPE]i?B))", text)
     asked = f", which was asked for {size[2] or gib(int(size[1])) + ' GiB'} more" if size else ""
     where = re.search(r"GPU \d+|MPS|CUDA|CUBLAS", text)
     micro = settings.micro_batch_size or "all windows of a process"
-    return UserError(f"out of memory on {where[0] if where else 'the CPU'}{asked}; a smaller --micro_batch_size "
-                     f"(now {micro}), --activation_checkpointing full, or --data_parallel fsdp over more "
-                     f"processes take less; --dry_run shows how much")
+    return UserError(f"out of memory on {where[0] if where else 'the CPU'}{asked}; a smaller "
+                     f"--micro_batch_size (now {micro}), --activation_checkpointing full, or --data_parallel "
+                     f"fsdp over more processes take less; --dry_run shows how much")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -252,9 +252,9 @@ def describe(line: dict) -> str:
 # Where the time goes
 
 WARM_UP, RECORDED = 2, 3  # steps: the first ones allocate and compile
-# An operation is of the first kind whose pattern is found in its name, in that of a GPU's kernel for it, or in
-# that of an operation that it is part of
-KINDS = {
+# An operation is of the first kind whose pattern is in its name, in that of a GPU's kernel for it, or in that
+# of an operation that it is part of
+KINDS = {kind: re.compile(pattern, re.MULTILINE) for kind, pattern in {
     "data": r"^data$|Memcpy HtoD",
     "communication": r"c10d|nccl|gloo|FSDP::",
     "optimizer": r"Optimizer\.step|_fused_adam|_foreach_",
@@ -262,8 +262,7 @@ KINDS = {
     "head and loss": r"LinearCrossEntropy|cross_entropy|nll_loss|log_softmax",
     "matrix products": r"aten::(add|b|baddb)?mm$|gemm|triton_mm",
     "other": r"",  # norms, rotary positions, sums: element by element
-}
-REST = {"cpu": "Python, and waiting", "cuda": "idle: the GPU waits"}
+}.items()}
 
 
 class Profile:
@@ -277,7 +276,11 @@ class Profile:
     def __init__(self, folder: Path, wanted: bool, env):
         self.path, self.env, self.profiler, self.steps = Path(folder) / "trace.json", env, None, 0
         if wanted and env.rank == 0:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (env.device.type == "cuda")
+            activities, gpu = [ProfilerActivity.CPU], env.device.type == "cuda"
+            if gpu:
+                activities.append(ProfilerActivity.CUDA)
+            else:
+                os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it tells of its start and its stop
             schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=RECORDED, repeat=1)
             self.profiler = torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True)
 
@@ -312,39 +315,38 @@ class Profile:
 
 
 def time_table(events, device: str) -> str:
-    """The recorded steps' time by kind of work, the kinds' costliest operations beside them.
-
-    On a GPU the time of its kernels, else that of the operations of the thread that makes the steps, each
-    without the operations that it calls.
-    """
+    """The recorded steps' time by kind of work, beside each its costliest operations."""
     steps = [event for event in events
              if event.name.startswith("ProfilerStep") and event.device_type == DeviceType.CPU]
     whole = sum(step.time_range.elapsed_us() for step in steps)
     kinds: dict[str, Counter] = defaultdict(Counter)
-    for names, microseconds in own_times(events, device, steps[0].thread):
-        kind = next(kind for kind, words in KINDS.items() if any(re.search(words, name) for name in names))
-        kinds[kind][names[0]] += microseconds
+    for name, chain, microseconds in own_times(events, device, steps[0].thread):
+        kind = next(kind for kind, pattern in KINDS.items() if pattern.search(chain))
+        kinds[kind][name] += microseconds
     times = Counter({kind: sum(operations.values()) for kind, operations in kinds.items()}).most_common()
-    times.append((REST.get(device, REST["cpu"]), max(0.0, whole - sum(time for _, time in times))))
+    rest = "idle: the GPU waits" if device == "cuda" else "Python, and waiting"
+    times.append((rest, max(0.0, whole - sum(time for _, time in times))))  # (kernels may run side by side)
     rows = [(f"  {kind}", f"{time / whole:.0%}", f"{time / len(steps) / 1e3:,.2f} ms",
              ", ".join(f"{name.removeprefix('aten::')[:40]} {spent / whole:.0%}"
-                       for name, spent in kinds[kind].most_common(3))) for kind, time in times]
+                       for name, spent in kinds[kind].most_common(3) if spent >= 0.01 * whole))
+            for kind, time in times]
     head = f"where the {whole / len(steps) / 1e3:,.2f} ms of a step go ({len(steps)} steps, process 0):"
     return "\n".join([head, *aligned(rows)])
 
 
 def own_times(events, device: str, thread: int):
-    """(names, microseconds) of each operation: its name and those of all that it is part of, outwards."""
+    """(name, its name and those of all that it is part of, microseconds) of each operation.
+
+    On a GPU of each kernel; else of the operations of that thread, without those that they call.
+    """
     for event in events:
         if event.device_type != DeviceType.CPU or event.name.startswith("ProfilerStep"):
             continue
-        names, parent = [event.name], event.cpu_parent
+        chain, parent = event.name, event.cpu_parent
         while parent is not None:
-            names.append(parent.name)
-            parent = parent.cpu_parent
-        if device == "cuda":  # (a range that was named by hand appears as a kernel of that name)
-            for kernel in event.kernels:
-                if kernel.name != event.name:
-                    yield [kernel.name, *names], kernel.duration
-        elif event.thread == thread:
-            yield names, event.self_cpu_time_total
+            chain, parent = f"{chain}\n{parent.name}", parent.cpu_parent
+        if device != "cuda" and event.thread == thread:
+            yield event.name, chain, event.self_cpu_time_total
+        for kernel in event.kernels if device == "cuda" else ():
+            if kernel.name != event.name:  # a range that was named by hand appears as a kernel of that name
+                yield kernel.name, f"{kernel.name}\n{chain}", kernel.duration

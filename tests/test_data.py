@@ -1,5 +1,6 @@
 """data.py: what is read, what is dropped, where a document goes, what the shards hold, what a step serves."""
 import contextlib
+import copy
 import gzip
 import hashlib
 import json
@@ -20,7 +21,7 @@ import torch
 import data
 from bpe import Tokenizer
 from config import UserError
-from data import Batches, Settings, prepare, read_documents, write_documents
+from data import Batches, Replay, Settings, prepare, read_documents, write_documents
 
 ROOT = Path(data.__file__).parent
 
@@ -590,3 +591,92 @@ def write_texts(folder):
     for number in range(6):
         (folder / f"{number}.txt").write_text(f"text {number} " * 5, encoding="utf-8")
     return str(folder)
+
+
+# ---- 5. Replay: the shard of the new corpus counts from 0, that of the old one from 5000
+
+
+def write_corpora(folder, new=1000, old=400):
+    """Folders of a new and an old corpus, whose tokens tell which it is: from 5000 on it is old."""
+    for name, count in (("new", new), ("old", old)):
+        (folder / name).mkdir()
+        write_shard(folder / name, count)
+    content = np.arange(5000, 5000 + old).astype("uint16").tobytes()
+    (folder / "old" / "train.bin").write_bytes(content)
+    meta = json.loads((folder / "old" / "meta.json").read_text(encoding="utf-8"))
+    meta["train"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "old" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return folder
+
+
+def replay(folder, share, batch_size=4, seq_len=9, rank=0, world_size=1):
+    return Replay(*(Batches(folder / name, "train", batch_size, seq_len, 0, rank, world_size)
+                    for name in ("new", "old")), share)
+
+
+def first_tokens(batches, steps):
+    return torch.cat([batches.at(step)[0][:, 0] for step in range(steps)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.29, 1 / 3, 0.5, 0.95])
+def test_of_the_first_n_windows_the_share_is_old_for_every_n(tmp_path, share):
+    is_old = first_tokens(replay(write_corpora(tmp_path), share), 200) >= 5000
+    for n, count in enumerate(is_old.cumsum(0).tolist(), start=1):
+        assert -1e-9 < n * share - count < 1 + 1e-9, f"{count} of {n} at share {share}"  # n * share rounds
+    assert is_old.sum() == int(800 * share + 1e-9)
+
+
+def test_which_windows_are_old_by_hand(tmp_path):
+    is_old = first_tokens(replay(write_corpora(tmp_path), 0.4), 3) >= 5000
+    # floor(0.4 n) for n = 0, 1, …: 0 0 0 1 1 2 | 2 2 3 3 4 …; a window is old where it rises
+    assert is_old.tolist() == [False, False, True, False, True, False, False, True, False, True, False, False]
+
+
+def test_both_corpora_come_in_their_own_order_without_gaps(tmp_path):
+    mixed = replay(write_corpora(tmp_path), 0.3)
+    new, old = mixed.batches, mixed.old
+    windows = [row for step in range(200) for row in zip(*mixed.at(step))]
+    is_old = [bool(inputs[0] >= 5000) for inputs, _ in windows]
+    for batches, expected in ((new, False), (old, True)):
+        own = [row for row, from_old in zip(windows, is_old) if from_old == expected]
+        plain = [row for step in range(200) for row in zip(*batches.at(step))]
+        assert len(own) in (240, 560)
+        for (inputs, targets), (same_inputs, same_targets) in zip(own, plain):
+            assert torch.equal(inputs, same_inputs) and torch.equal(targets, same_targets)
+    for batches, expected in ((new, False), (old, True)):
+        starts = [int(inputs[0]) for (inputs, _), from_old in zip(windows, is_old) if from_old == expected]
+        for epoch in range(len(starts) // batches.windows):
+            part = starts[epoch * batches.windows:(epoch + 1) * batches.windows]
+            assert len(set(part)) == batches.windows, "a window came twice in an epoch"
+
+
+def test_a_share_of_0_is_the_new_corpus_alone(tmp_path):
+    mixed = replay(write_corpora(tmp_path), 0.0)
+    for step in range(60):
+        for part, same in zip(mixed.at(step), mixed.batches.at(step)):
+            assert torch.equal(part, same) and part.dtype == torch.int64
+
+
+def test_two_ranks_of_four_see_the_mixture_that_one_rank_of_eight_sees(tmp_path):
+    write_corpora(tmp_path)
+    alone, ranks = replay(tmp_path, 0.3, 8), [replay(tmp_path, 0.3, 4, 9, rank, 2) for rank in range(2)]
+    for step in random.Random(0).sample(range(60), 60):
+        for part in range(2):
+            assert torch.equal(alone.at(step)[part], torch.cat([rank.at(step)[part] for rank in ranks]))
+
+
+def test_what_is_known_of_the_batches_is_known_of_the_mixture(tmp_path):
+    mixed = replay(write_corpora(tmp_path), 0.3)
+    for name in ("tokens", "text_bytes", "windows", "meta", "data", "seq_len"):
+        assert getattr(mixed, name) is getattr(mixed.batches, name)
+    assert not hasattr(mixed, "no_such_thing")
+    assert torch.equal(copy.copy(mixed).at(3)[0], mixed.at(3)[0])
+
+
+def test_corpora_of_different_tokenizers_are_refused(tmp_path):
+    write_corpora(tmp_path)
+    for name in ("new", "old"):
+        damage(tmp_path / name, "meta.json",
+               lambda content: content[:-1] + f', "tokenizer": "{name}"}}'.encode())
+    with pytest.raises(UserError, match=r"new and .*old were .* python data\.py --tokenizer .*old$"):
+        replay(tmp_path, 0.1)

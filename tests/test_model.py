@@ -7,13 +7,17 @@ another order of summation.
 import doctest
 import itertools
 import math
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -22,7 +26,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 import model as model_file
 from config import UserError
 from model import (KVCache, ModelConfig, RMSNorm, Transformer, attention, count_parameters, estimate_flops,
-                   generate, next_token_logps, rope_angles, rotate)
+                   estimate_memory, generate, next_token_logps, rope_angles, rotate)
+from objectives import next_token_loss
+from optim import make_optimizer
+from parallel import Compute, Env, parallelize
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
@@ -424,6 +431,196 @@ def test_flops_are_six_for_each_weight_of_a_large_model():
     """Kaplan et al.'s rule, which leaves out attention (4 % of the work here) and counts the embedding."""
     config = ModelConfig(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, ffn_dim=11008)
     assert estimate_flops(config, 2048) == pytest.approx(6 * count_parameters(config), rel=0.04)
+
+
+# Memory
+
+
+LLAMA_7B = ModelConfig(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, ffn_dim=11008)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make inside, now and at most; but not of `own`."""
+
+    def __init__(self, own=()):
+        super().__init__()
+        self.sizes, self.now, self.peak = {p.untyped_storage()._cdata: 0 for p in own}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def kept_for_backward(model, B, T, mask=None):
+    """Bytes of what autograd keeps of the decoder's forward pass, apart from the parameters."""
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor  # held, so that no other takes its place
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(random_ids(B, T), mask=mask)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def block_matrices(model):
+    return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "weights"])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_activations_are_what_autograd_keeps(changes, precision):
+    """To the byte, in fp32, under autocast, and with the weights themselves in bf16, as FSDP casts them."""
+    model, B, T = random_model(**changes), 3, 16
+    layout = dict(data_parallel="fsdp" if precision == "weights" else "ddp",
+                  precision="fp32" if precision == "fp32" else "bf16")
+    if precision == "weights":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        kept = kept_for_backward(model, B, T)
+    if precision == "autocast":  # its copies of the matrices are counted among the weights
+        kept -= 2 * block_matrices(model)
+    estimate = estimate_memory(model.config, B, T, **layout)["activations"]
+    assert estimate == kept, f"{estimate - kept:+} bytes, of {B * T} tokens: which line of Block keeps them?"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_mask_is_kept_by_each_block_as_numbers(precision):
+    model, B, T = random_model(), 3, 16
+    mask = torch.ones(B, T, T, dtype=torch.bool).tril()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        kept = kept_for_backward(model, B, T, mask) - 2 * block_matrices(model) * (precision == "bf16")
+    estimate = estimate_memory(model.config, B, T, precision=precision, masked=True)
+    assert estimate["activations"] == kept + mask.nbytes  # the batch holds the mask itself
+
+
+def measured(config, B, T, precision="fp32", chunked=True, **compute):
+    """Bytes at the end of a forward pass, and the most in the second of two micro-batches; without weights."""
+    model = parallelize(Transformer(config), Env(torch.device("cpu"), compute=Compute(**compute)))
+    with Live(model.parameters()) as live:
+        for _ in range(2):
+            live.peak = 0
+            ids = random_ids(B, T, vocab_size=config.vocab_size)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss, _ = next_token_loss(model, (ids, ids), chunked=chunked)
+            forward = live.now
+            loss.backward()
+    grads = sum(p.grad.nbytes for p in model.parameters())
+    return forward - grads, live.peak
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_checkpointed_blocks_keep(kind, precision):
+    """To the byte: what three blocks more keep, of which none, one or all are checkpointed."""
+    for every, checkpointed in ((7, 0), (2, 1), (1, 3)):
+        kept, estimates = [], []
+        for n_layers in (2, 5):
+            config = replace(TINY, n_layers=n_layers, qk_norm=True)
+            compute = dict(activation_checkpointing=kind, checkpoint_every=every)
+            kept.append(measured(config, 3, 16, precision, **compute)[0])
+            estimates.append(estimate_memory(config, 3, 16, precision=precision, **compute)["activations"])
+        copies = 2 * block_matrices(random_model(n_layers=3)) if precision == "bf16" else 0
+        got, expected = estimates[1] - estimates[0], kept[1] - kept[0]
+        assert got == expected - copies * (3 - checkpointed) // 3, (every, kind)
+
+
+# A model whose activations, and one whose logits outweigh the rest, and one of weights mostly
+SIZES = [(replace(TINY, n_layers=4, qk_norm=True, ffn_dim=120), 8, 64),
+         (replace(TINY, vocab_size=3000, max_seq_len=256), 8, 128),
+         (replace(TINY, dim=256, ffn_dim=700), 4, 16)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("config, B, T", SIZES)
+def test_the_total_is_what_a_step_holds_at_most(config, B, T, chunked, precision):
+    """Within 10 %: what single operations take for a moment is left out."""
+    estimate = estimate_memory(config, B, T, precision=precision, chunked_loss=chunked)
+    _, peak = measured(config, B, T, precision, chunked)
+    peak += 4 * count_parameters(config) + estimate["moments"]
+    assert estimate["total"] == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("config, B, T", SIZES)
+def test_with_checkpoints_the_total_bounds_what_a_step_holds(config, B, T, kind, precision):
+    """Within 10 %; from above only up to the logits, which are gone when a block is computed again."""
+    estimate = estimate_memory(config, B, T, precision=precision, activation_checkpointing=kind)
+    _, peak = measured(config, B, T, precision, activation_checkpointing=kind)
+    peak += 4 * count_parameters(config) + estimate["moments"]
+    assert peak < 1.1 * estimate["total"] and estimate["total"] - estimate["logits"] < 1.1 * peak
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("changes", [{}, VARIANTS[-1]], ids=str)
+def test_moments_are_what_the_optimizer_keeps(changes, optimizer):
+    model = random_model(**changes)
+    settings = SimpleNamespace(optimizer=optimizer, lr=0.01, adam_lr=0.01, weight_decay=0.0,
+                               betas=(0.9, 0.95), eps=1e-8)
+    steps = make_optimizer(model, settings)
+    model(random_ids(1, 4)).sum().backward()
+    steps.step()
+    kept = sum(x.nbytes for state in steps.state.values() for x in state.values() if x.dim())
+    assert estimate_memory(model.config, 1, 4, optimizer=optimizer)["moments"] == kept
+
+
+def test_weights_are_four_bytes_a_parameter_and_two_more_for_those_that_multiply_in_bf16():
+    for changes in VARIANTS:
+        model = random_model(**changes)
+        whole, half = (estimate_memory(model.config, 1, 4, precision=p) for p in ("fp32", "bf16"))
+        multiply = block_matrices(model) + model.lm_head.weight.numel()
+        assert whole["weights"] == 4 * count_parameters(model.config)
+        assert whole["gradients"] == half["gradients"] == whole["weights"]
+        assert half["weights"] - whole["weights"] == 2 * multiply
+
+
+def test_shards_divide_the_weights_but_for_the_blocks_at_work():
+    """By hand: 1/8 of all; whole, in bf16, two blocks (or all), embedding, head and the last norm; of gradients
+    one block, which is sent in float32.
+    """
+    P, VC, C, L = count_parameters(LLAMA_7B), 32000 * 4096, 4096, 32
+    block = (P - 2 * VC - C) // L
+    for reshard, whole in ((True, 2), (False, L)):
+        memory = estimate_memory(LLAMA_7B, 1, 2048, precision="bf16", data_parallel="fsdp", shards=8,
+                                 reshard=reshard)
+        assert memory["weights"] == 4 * P / 8 + 2 * (whole * block + 2 * VC + C)
+        assert memory["gradients"] == 4 * P / 8 + 2 * (block + 2 * VC + C) + 4 * block
+        assert memory["moments"] == 8 * P / 8
+    assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
+
+
+def test_tensor_parallel_processes_share_matrices_heads_and_positions():
+    """Only what goes into a block's products is whole on every process, ids, angles and norms apart."""
+    one, two = (estimate_memory(LLAMA_7B, 1, 2048, data_parallel="fsdp", tensor_parallel=n) for n in (1, 2))
+    norms = 65 * 4096
+    assert two["moments"] == 8 * ((count_parameters(LLAMA_7B) - norms) / 2 + norms)
+    inputs = 32 * 2 * 4 * 4096 * 2048  # of attention and MLP, in float32
+    alone = 8 * 2048 + 4 * 2048 * 128  # ids and rotary angles
+    assert two["activations"] == (one["activations"] - inputs - alone) / 2 + inputs + alone
+
+
+def test_memory_takes_no_memory_and_no_random_numbers():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    with Live() as live:
+        memory = estimate_memory(LLAMA_7B, 1, 2048)
+    assert memory["weights"] == 4 * 6_738_415_616
+    assert live.peak == 0 or all(size == 0 for size in live.sizes.values()), "something was allocated"
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_under_bfloat16_autocast_norms_and_the_stream_stay_float32():

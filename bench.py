@@ -1,0 +1,249 @@
+"""How fast this is, as ratios: each figure beside that of a named peer, measured in the same run, in turns.
+
+    python bench.py                       # all that a CPU can measure; three minutes on two cores
+    python bench.py --only training       # one of: training, loss, sharding, gpu
+    torchrun bench.py --only gpu          # MFU at 124 M and 1 B parameters beside transformers', on an NVIDIA GPU
+
+Peers are test dependencies (requirements-dev.txt). Every figure is a median over alternating rounds; a machine
+that does other work at the same time spoils it. What was measured, and on what: README.md.
+"""
+import functools
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import train
+from config import UserError, parse, require, run
+from model import Transformer, count_parameters, estimate_flops
+from objectives import linear_cross_entropy, next_token_loss
+from parallel import Env, measure_peak, parallelize, setup
+from survive import local_part
+
+
+@dataclass
+class Settings:
+    only: Literal["all", "training", "loss", "sharding", "gpu", "held"] = "all"  # what to measure; all: but gpu
+    rounds: int = 7  # alternations of which the median is taken
+    threads: int | None = None  # of torch; none: one a core
+
+    def __post_init__(self):
+        require(self, rounds=(1, None), threads=(1, None))
+
+
+def main():
+    settings = parse(Settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    measures = {"training": training, "loss": loss, "sharding": sharding, "gpu": gpu, "held": lambda rounds: held_bytes()}
+    chosen = [training, loss, sharding] if settings.only == "all" else [measures[settings.only]]
+    for measure in chosen:
+        measure(settings.rounds)
+
+
+def alternate(rounds: int, **sides) -> dict[str, float]:
+    """{name: median seconds of a call}, the sides taking turns, so that a busy moment strikes both alike."""
+    seconds = {name: [] for name in sides}
+    for function in sides.values():
+        function()  # warm: memory taken, kernels chosen
+    for _ in tqdm(range(rounds), desc=" / ".join(sides), leave=False):
+        for name, function in sides.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ---- a training step, beside transformers' -----------------------------------------------------------------
+
+
+def training(rounds: int):
+    """Tokens a second of the main job's training step, beside transformers' eager Llama with AdamW."""
+    settings = train.Settings(tie_embeddings=False)
+    env = Env(torch.device("cpu"))
+    config = train.planned_config(settings, 4096)
+    tokens = settings.batch_size * settings.seq_len
+    sides = {"transformers": peer_step(config, settings, env),
+             "muon": our_step(config, settings, env),
+             "adamw": our_step(config, train.Settings(optimizer="adamw", lr=3e-3), env)}
+    seconds = alternate(rounds, **sides)
+    peak, flops = measure_peak(env), estimate_flops(config, settings.seq_len) * tokens
+    print(f"training step, {count_parameters(config):,} parameters, {tokens:,} tokens, "
+          f"{torch.get_num_threads()} threads; matrix products: {peak / 1e9:,.0f} GFLOP/s")
+    for name, value in seconds.items():
+        print(f"  {name:<14}{tokens / value:>10,.0f} tokens/s{seconds['transformers'] / value:>8.2f} x transformers"
+              f"{flops / value / peak:>8.0%} of the peak")
+
+
+def our_step(config, settings, env):
+    torch.manual_seed(0)
+    model = parallelize(Transformer(config).train(), env)
+    optimizer = train.make_optimizer(model, settings)
+    batch = random_batch(config, settings, env)
+    return lambda: train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
+
+
+def random_batch(config, settings, env, rows: int | None = None):
+    ids = torch.randint(config.vocab_size, (rows or settings.batch_size, settings.seq_len + 1), device=env.device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def peer_step(config, settings, env, rows: int | None = None, attention: str = "eager"):
+    """The same step by transformers: its Llama, cross-entropy, torch's clipping and fused AdamW."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
+        tie_word_embeddings=config.tie_embeddings, attn_implementation=attention)).to(env.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    inputs, targets = random_batch(config, settings, env, rows)
+
+    def step():
+        optimizer.zero_grad()
+        with env.autocast():
+            logits = model(inputs).logits
+            F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+# ---- the loss that holds no logits -------------------------------------------------------------------------
+
+LOSS_SIZES = {"V": 32768, "N": 8192}  # vocabulary, tokens (T x B)
+
+
+def loss(rounds: int):
+    """Time and memory of linear_cross_entropy, forward and backward, beside the plain form."""
+    for width in (128, 512):
+        seconds = alternate(max(3, rounds // 2), plain=functools.partial(loss_step, "plain", width),
+                            chunked=functools.partial(loss_step, "chunked", width))
+        peaks = {kind: peak_of(kind, width) for kind in ("plain", "chunked")}
+        print(f"cross-entropy of {LOSS_SIZES['N']:,} tokens, V = {LOSS_SIZES['V']:,}, C = {width}: "
+              f"plain {seconds['plain']:.2f} s, {peaks['plain']:,.0f} MiB; "
+              f"chunked {seconds['chunked']:.2f} s, {peaks['chunked']:,.0f} MiB: "
+              f"{seconds['chunked'] / seconds['plain']:.2f} x the time, "
+              f"{peaks['chunked'] / peaks['plain']:.3f} x the memory")
+
+
+@functools.cache
+def loss_inputs(width: int):
+    torch.manual_seed(0)
+    return (torch.randn(LOSS_SIZES["N"], width, requires_grad=True),
+            torch.randn(LOSS_SIZES["V"], width, requires_grad=True),
+            torch.randint(LOSS_SIZES["V"], (LOSS_SIZES["N"],)))
+
+
+def loss_step(kind: str, width: int):
+    hidden, weight, targets = loss_inputs(width)
+    hidden.grad = weight.grad = None
+    if kind == "plain":
+        F.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
+    else:
+        linear_cross_entropy(hidden, weight, targets).backward()
+
+
+def peak_of(kind: str, width: int) -> float:
+    """MiB that one step takes at its peak beyond its inputs, as a fresh process's resident memory shows it."""
+    code = (f"import bench, resource\nbench.torch.set_num_threads({torch.get_num_threads()})\n"
+            f"bench.loss_inputs({width})\n"
+            f"used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            f"before = used(); bench.loss_step({kind!r}, {width}); print(used() - before)")
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # macOS counts bytes, Linux KiB
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              cwd=os.path.dirname(os.path.abspath(__file__))).stdout) / unit
+
+
+# ---- what a process holds under FSDP -----------------------------------------------------------------------
+
+
+def sharding(rounds: int):
+    """Bytes of parameters and moments that a process holds under FSDP, as a share of the whole."""
+    whole = held(1)
+    for count in (2, 4):
+        share = held(count) / whole
+        print(f"FSDP over {count} processes: each holds {share:.4f} of the {whole / 2 ** 20:.1f} MiB of parameters "
+              f"and moments; 1/{count} is {1 / count:.4f}, the difference {share * count - 1:+.1%}")
+
+
+def held(processes: int) -> int:
+    """The bytes that the fullest process holds; measured in processes of their own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    code = os.path.abspath(__file__)
+    done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), code, "--only", "held"],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return max(int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("held"))
+
+
+def held_bytes():
+    """Print what this process holds after one step of AdamW under FSDP."""
+    settings = train.Settings(optimizer="adamw", lr=1e-3, device="cpu", data_parallel="fsdp", batch_size=16)
+    env = setup(settings)
+    model = parallelize(Transformer(train.planned_config(settings, 4096)), env)
+    optimizer = train.make_optimizer(model, settings)
+    batch = random_batch(model.config, settings, env, rows=2)
+    train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
+    tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    print("held", sum(local_part(tensor).nbytes for tensor in tensors))
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------
+
+
+def gpu(rounds: int):
+    """MFU at 124 M and 1 B parameters: ours, compiled, in bf16; ours under FSDP; transformers on the same GPU."""
+    if not torch.cuda.is_available():
+        raise UserError("--only gpu needs an NVIDIA GPU, and there is none that torch can use here")
+    for preset, rows in (("124m", 16), ("1b", 4)):
+        settings = train.Settings(preset=preset, device="cuda", compile=True)
+        env = setup(settings)
+        config = train.planned_config(settings, 50304)
+        flops = estimate_flops(config, settings.seq_len) * rows * settings.seq_len
+        print(f"{preset}: {count_parameters(config):,} parameters, {rows} x {settings.seq_len} tokens, "
+              f"{torch.cuda.get_device_name()}; matrix products: {env.peak_flops / 1e12:,.0f} TFLOP/s measured")
+        for name, make in (("ours", gpu_step), ("ours, FSDP", functools.partial(gpu_step, data_parallel="fsdp")),
+                           ("transformers", gpu_peer)):
+            seconds = alternate(rounds, **{name: make(preset, config, rows)})[name]
+            print(f"  {name:<14}{rows * settings.seq_len / seconds:>10,.0f} tokens/s, "
+                  f"MFU {flops / seconds / env.peak_flops:.1%}, "
+                  f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def gpu_step(preset: str, config, rows: int, data_parallel: str = "ddp"):
+    settings = train.Settings(preset=preset, device="cuda", compile=True, data_parallel=data_parallel)
+    env = setup(settings)
+    model = parallelize(Transformer(config).train(), env)
+    optimizer = train.make_optimizer(model, settings)
+    batch = random_batch(config, settings, env, rows)
+    return lambda: train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
+
+
+def gpu_peer(preset: str, config, rows: int):
+    settings = train.Settings(preset=preset, device="cuda")
+    step = peer_step(config, settings, setup(settings), rows, attention="sdpa")
+
+    def waited():
+        step()
+        torch.cuda.synchronize()
+    return waited
+
+
+if __name__ == "__main__":
+    run(main)

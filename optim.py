@@ -102,26 +102,25 @@ class Muon(torch.optim.Optimizer):
 def stackable(params: list[Tensor]) -> list[list[Tensor]]:
     """The matrices that have a gradient, in lists of one shape and layout.
 
-    Of whole ones a list has all; of those in pieces one a process, as only so many shall be whole at a time.
+    Whole ones in lists of any length; those in pieces at most one a process: so many are whole at a time.
     """
-    alike: dict[tuple, list[Tensor]] = {}
+    lists: dict[tuple, list[list[Tensor]]] = {}
     for p in params:
         if p.grad is not None:
-            layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, None)
-            alike.setdefault((p.shape, *layout), []).append(p)
-    lists = []
-    for (_, mesh, _), some in alike.items():
-        size = len(some) if mesh is None else mesh.size()
-        lists += [some[i:i + size] for i in range(0, len(some), size)]
-    return lists
+            mesh, placements = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, None)
+            alike = lists.setdefault((p.shape, mesh, placements), [[]])
+            if mesh is not None and len(alike[-1]) == mesh.size():
+                alike.append([])
+            alike[-1].append(p)
+    return sum(lists.values(), [])
 
 
 def orthogonalize_together(directions: list[Tensor], p: Tensor) -> Tensor:
-    """`orthogonalize` N directions, of which each process has the piece that it has of p: such pieces, (N, …).
+    """`orthogonalize` N matrices, of which each process has a piece, cut as p is: (N, …) pieces of the results.
 
-    It takes whole matrices. Instead of every process gathering all, each is sent its share of them (what was
-    cut along rows or columns is then cut along N), and gives back the pieces. Matrices that stand whole on
-    each process (a single one, or DDP) each process does by itself.
+    That takes whole matrices. Instead of every process gathering all, each is sent its share of them (what was
+    cut along rows or columns is then cut along N), and gives back the pieces. Plain tensors, whole on each
+    process that there is (DDP), each process does by itself.
     """
     if not isinstance(p, DTensor):
         return orthogonalize(torch.stack(directions))
@@ -142,13 +141,13 @@ class Adafactor(torch.optim.Optimizer):
     """Adafactor, with the rate given from outside (Shazeer & Stern 2018, Algorithms 4 and 5).
 
     groups: parameters, or dicts of params, lr, weight_decay. lr: bounds the root mean square of a step, as an
-    Adam step is about lr: the same rates serve. momentum: decay of a running mean of updates, or none, as it
-    takes the memory saved. eps1, eps2, d: the paper's (Algorithm 6). scale_parameter: multiply lr by the root
-    mean square of the weights (at least eps2), the paper's relative step; off, because matrices that begin at
-    zero, as this project's outputs of blocks and its head do, would hardly leave it: by eps2 lr a step.
+    Adam step is about lr: the same rates serve. momentum: decay of a running mean of updates; none, as it
+    takes the memory that is saved. eps1, eps2, d: the paper's (Algorithm 6). scale_parameter: multiply lr by
+    the root mean square of the weights (at least eps2), the paper's relative step; off, as matrices that
+    begin at zero, here the head and what writes to the stream, would hardly leave it: by eps2 lr a step.
 
-    State: `rows` (n,) and `columns` (m,) of an (n, m) matrix, whole and equal on all processes; `squares`,
-    like the weights, of a vector; `step`.
+    State: `rows` (n,) and `columns` (m,) of an (n, m) matrix, whole and equal on all processes; `squares` of
+    a vector, in pieces as it is; `step`.
 
     Deviations: means for the paper's sums, which gives the same V; weight decay, decoupled, by lr alone; the
     mean of momentum is taken before the rate is applied, so that a new rate holds at once.
@@ -176,8 +175,7 @@ class Adafactor(torch.optim.Optimizer):
         update = scaled(p, state, fresh, eps1)  # U_t
         update /= (rms(update, p) / d).clamp(min=1.0)  # U_t hat: less where gradients are suddenly larger
         if momentum is not None:
-            mean = state.setdefault("momentum", torch.zeros_like(p))
-            update = own(mean).lerp_(update, 1 - momentum)
+            update = own(state.setdefault("momentum", torch.zeros_like(p))).lerp_(update, 1 - momentum)
         alpha = lr * rms(own(p), p).clamp(min=eps2) if scale_parameter else lr  # alpha_t
         own(p).mul_(1 - lr * weight_decay).sub_(update * alpha)
 
@@ -206,16 +204,16 @@ def scaled_by_factors(p: Tensor, state: dict, fresh: Tensor, eps1: float) -> Ten
 
 
 def rms(piece: Tensor, p: Tensor) -> Tensor:
-    """The root mean square of the tensor of which each process has the piece that it has of p: (1, 1)."""
+    """The root mean square of the tensor that each process has a piece of, cut as p is: (1, 1), or (1,)."""
     return (total(piece.square(), p) / p.numel()).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Weights in pieces: what a DTensor needs, and a plain tensor passes through
 #
-# A DTensor's placements say of each dimension of the mesh of processes how it is cut along it: Shard and
-# _StridedShard have the .dim that is cut, Replicate (not cut) has none. Here each process only works on its
-# own piece, a plain tensor, and DTensors are there to send pieces about.
+# A DTensor's placements say for each dimension of the mesh of processes which of the tensor's is cut there:
+# .dim of Shard and _StridedShard; Replicate, not cut, has none. Each process computes on its own piece, a
+# plain tensor; DTensors only send pieces about.
 
 
 def own(x: Tensor) -> Tensor:
@@ -230,8 +228,9 @@ def gradient(p: Tensor) -> Tensor:
 
 def join(piece: Tensor, mesh, placements, shape) -> DTensor:
     """The DTensor of this shape that the processes have pieces of. Nothing is sent."""
-    whole = torch.empty(shape, device="meta")
-    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    whole = torch.empty(shape, device="meta")  # uneven pieces do not tell its shape
+    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=whole.shape,
+                              stride=whole.stride())
 
 
 def cuts(p: DTensor, keep: int | None, other) -> list:
@@ -240,7 +239,7 @@ def cuts(p: DTensor, keep: int | None, other) -> list:
 
 
 def total(piece: Tensor, p: Tensor, keep: int | None = None) -> Tensor:
-    """The sum over all dimensions but `keep` of what has p's shape, and of which each process has a piece.
+    """The sum over all dimensions but `keep` of the tensor that each process has a piece of, cut as p is.
 
     Whole and equal on all processes: (n, 1), (1, m) or, where no dimension is kept, (1, 1).
     """

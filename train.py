@@ -297,32 +297,29 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
         env.first(lambda: log.open(folder, run.step, settings))
         if run.step == 0:
             run.save(log)  # so that there always is a state to go back to
-        progress = tqdm(desc="train", initial=run.step, total=settings.steps, unit="step", dynamic_ncols=True,
-                        smoothing=0.05, disable=env.rank > 0)
-        while run.step < settings.steps:
-            try:
-                line = one_step(run, batches, loss_fn, settings, env)
-            except BadStep as problem:
-                go_back(problem, run, settings, env, log)
-                progress.update(run.step - progress.n)
-                continue
-            profile.step()
-            last, stopping, asked = run.step == settings.steps, env.any(bool(stop)), env.any(stop.asked())
-            best = False
-            if validation and (last or asked or is_multiple(run.step, settings.eval_every)):
-                best = judge(line, run, validation, loss_fn, env)
-            log.write(line)
-            progress.set_postfix_str(describe(line), refresh=False)
-            progress.update()
-            if last or stopping or best or is_multiple(run.step, settings.save_every):
-                run.save(log)
-            if stopping and not last:
-                run.wait()
-                same = "the same command" + " without --overwrite" * settings.overwrite
-                where = f"step {run.step} of {settings.steps}"
-                stop.exit(f"stopped after {where}; {same} goes on from there", env)
-        progress.close()
+        with progress_bar(run.step, settings.steps, env) as progress:
+            while run.step < settings.steps:
+                try:
+                    line = one_step(run, batches, loss_fn, settings, env)
+                except BadStep as problem:
+                    go_back(problem, run, settings, env, log)
+                    progress.update(run.step - progress.n)
+                    continue
+                profile.step()
+                last, stopping, asked = run.step == settings.steps, env.any(bool(stop)), env.any(stop.asked())
+                due = validation and (last or asked or is_multiple(run.step, settings.eval_every))
+                best = due and judge(line, run, validation, loss_fn, env)
+                log.write(line)
+                progress.set_postfix_str(describe(line), refresh=False)
+                progress.update()
+                if last or stopping or best or is_multiple(run.step, settings.save_every):
+                    run.save(log)
+                if stopping and not last:
+                    break
         run.wait()
+        if run.step < settings.steps:
+            stop.exit(f"stopped after step {run.step} of {settings.steps}; the same command"
+                      f"{' without --overwrite' * settings.overwrite} goes on from there", env)
     save_whole(model, tokenizer, folder, env)
     return log.last
 
@@ -376,6 +373,11 @@ def judge(line: dict, run: Run, validation: dict, loss_fn, env) -> bool:
     if best:
         run.best_loss, run.best_step = loss, run.step
     return best
+
+
+def progress_bar(done: int, steps: int, env) -> tqdm:
+    return tqdm(desc="train", initial=done, total=steps, unit="step", dynamic_ncols=True, smoothing=0.05,
+                disable=env.rank > 0)
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -143,7 +143,7 @@ def out_of_memory(error: BaseException, settings) -> UserError | None:
         return None
     size = re.search(r"(?:[Tt]ried|Unable) to allocate (?:(\d+) bytes|([\d.]+ [KMGTPE]i?B))", text)
     asked = f", which was asked for {size[2] or gib(int(size[1])) + ' GiB'} more" if size else ""
-    where = re.search(r"GPU \d+|MPS|CUDA|CUBLAS", text)
+    where = re.search(r"GPU \d+", text) or re.search(r"MPS|CUDA", text)
     micro = settings.micro_batch_size or "all windows of a process"
     return UserError(f"out of memory on {where[0] if where else 'the CPU'}{asked}; a smaller "
                      f"--micro_batch_size (now {micro}), --activation_checkpointing full, or --data_parallel "

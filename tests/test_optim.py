@@ -37,7 +37,7 @@ def with_singular_values(values, rows, columns, seed=0):
     return u * torch.tensor(values, dtype=torch.float64) @ vt, u, vt
 
 
-# ---- the orthogonal direction --------------------------------------------------------------------------------
+# ---- the orthogonal direction ------------------------------------------------------------------------------
 
 
 def test_five_steps_bring_every_singular_value_from_a_hundredth_on_near_one():
@@ -103,8 +103,8 @@ def test_zeros_give_zeros_and_do_not_harm_their_neighbours():
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
 def test_the_direction_equals_torchs(monkeypatch, shape):
-    """As it is, each of its fifteen products rounds at 2^-9, a little magnified: within 0.15, of values near 1.
-    1e-4 (rounding, 480-fold) where torch's computes in float32 as ours, because .bfloat16() does nothing.
+    """As it is, each of its fifteen products rounds at 2^-9, a little magnified: within 0.15, of values near
+    1. 1e-4 (rounding, 480-fold) where torch's computes in float32 as ours, because .bfloat16() does nothing.
     """
     matrix = randn(*shape)
 
@@ -116,7 +116,7 @@ def test_the_direction_equals_torchs(monkeypatch, shape):
     assert distance() < 1e-4
 
 
-# ---- Muon ----------------------------------------------------------------------------------------------------
+# ---- Muon --------------------------------------------------------------------------------------------------
 
 
 def parameters(seed=0):
@@ -160,7 +160,8 @@ def test_the_first_step_by_hand():
         p, grad = torch.nn.Parameter(randn(rows, columns)), randn(rows, columns, seed=1)
         before, p.grad = p.detach().clone(), grad
         other = torch.nn.Parameter(torch.zeros(1))  # AdamW wants one too
-        Muon([dict(params=[p], optimizer="muon", lr=0.1, weight_decay=0.5), dict(params=[other], lr=0.1)]).step()
+        Muon([dict(params=[p], optimizer="muon", lr=0.1, weight_decay=0.5),
+              dict(params=[other], lr=0.1)]).step()
         expected = before * (1 - 0.1 * 0.5) - 0.1 * factor * orthogonalize(grad[None])[0]
         assert_close(p.detach(), expected, rtol=0, atol=1e-5)
 
@@ -283,11 +284,7 @@ def test_it_solves_a_badly_scaled_problem_that_gradient_descent_hardly_begins():
     assert (p - target).abs().max() < 0.2 * (plain - target).abs().max()
 
 
-# ---- Adafactor -----------------------------------------------------------------------------------------------
-
-
-def one(p, **options):
-    return Adafactor([torch.nn.Parameter(p) if not isinstance(p, torch.nn.Parameter) else p], **options)
+# ---- Adafactor ---------------------------------------------------------------------------------------------
 
 
 def steps_of(make, params, gradients):
@@ -342,8 +339,9 @@ def test_the_first_adafactor_step_by_hand():
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_adafactor_is_the_papers_algorithm(relative):
-    """In float64, 1e-12: the order of sums. Among the gradients one with a row of zeros, and one of only zeros."""
-    params = [randn(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(5, 3), (2, 7), (4,), (1, 1)])]
+    """In float64, 1e-12: the order of sums. One gradient has a row of zeros, one is all zeros."""
+    shapes = [(5, 3), (2, 7), (4,), (1, 1)]
+    params = [randn(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
     params.append(torch.zeros(3, 2, dtype=torch.float64))  # eps2 decides
     gradients = some_gradients(params, 6)
     gradients[2][0][1] = 0.0
@@ -356,7 +354,7 @@ def test_adafactor_is_the_papers_algorithm(relative):
 @pytest.mark.parametrize("options, theirs", [
     (dict(weight_decay=0.1), dict(weight_decay=0.1)),
     (dict(momentum=0.9, weight_decay=0.1), dict(beta1=0.9, weight_decay=0.1)),
-    (dict(scale_parameter=True), dict(scale_parameter=True)),  # (they would multiply the decay by the scale too)
+    (dict(scale_parameter=True), dict(scale_parameter=True)),  # (they would scale the decay too)
     (dict(d=0.5), dict(clip_threshold=0.5)),
 ])
 def test_adafactor_moves_as_transformers_does(options, theirs):
@@ -364,20 +362,21 @@ def test_adafactor_moves_as_transformers_does(options, theirs):
     from transformers.optimization import Adafactor as Reference
     params = [randn(*shape, seed=i) for i, shape in enumerate([(8, 6), (3, 20), (7,)])]
     gradients = some_gradients(params, 8)
-    theirs = dict(lr=0.01, relative_step=False, scale_parameter=False, **{}) | theirs
+    theirs = dict(lr=0.01, relative_step=False, scale_parameter=False) | theirs
     ours = steps_of(lambda p: Adafactor(p, lr=0.01, **options), params, gradients)
     for mine, other in zip(ours, steps_of(lambda p: Reference(p, **theirs), params, gradients), strict=True):
         assert_close(mine, other, rtol=1e-6, atol=1e-6)
 
 
 def test_with_relative_steps_adafactor_moves_as_torchs():
-    """Torch's has only these, and bounds lr by 1 / sqrt(t), here above it. Its eps1 bounds V instead of being added
-    to it: no difference for gradients of this size.
+    """Torch's has only these, and bounds lr by 1 / sqrt(t), here above it. Its eps1 bounds V instead of being
+    added to it: no difference for gradients of this size.
     """
     params = [randn(*shape, seed=i) for i, shape in enumerate([(8, 6), (3, 20), (7,)])]
     gradients = some_gradients(params, 8)
-    ours = steps_of(lambda p: Adafactor(p, lr=0.01, weight_decay=0.1, scale_parameter=True), params, gradients)
-    theirs = steps_of(lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1), params, gradients)
+    both = dict(lr=0.01, weight_decay=0.1)
+    ours = steps_of(lambda p: Adafactor(p, scale_parameter=True, **both), params, gradients)
+    theirs = steps_of(lambda p: torch.optim.Adafactor(p, **both), params, gradients)
     for mine, other in zip(ours, theirs, strict=True):
         assert_close(mine, other, rtol=1e-6, atol=1e-6)  # float32 sums in another order
 
@@ -406,7 +405,7 @@ def test_a_sudden_gradient_is_clipped_to_a_step_of_root_mean_square_lr():
     for size in (1.0, 1.0, 1000.0):
         before, p.grad = p.detach().clone(), size * randn(6, 4)
         optimizer.step()
-    # beta2 is 0.58 at step 3: the running mean has only followed by 1 - 0.58, so that U is near 1 / sqrt(0.42)
+    # beta2 is 0.58 at step 3, where V has followed by 0.42 only, so that U is near 1 / sqrt(0.42)
     assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)
 
 
@@ -467,12 +466,13 @@ def test_adafactor_restored_from_its_state_goes_on_bit_for_bit():
     assert equal([p.detach() for p in half], whole)
 
 
-# ---- weights in pieces ---------------------------------------------------------------------------------------
+# ---- weights in pieces -------------------------------------------------------------------------------------
 
-# Ten rows do not divide by 4 nor six by 4, and of (2, 6) some processes hold nothing. Five of one shape do not
-# divide by 4 either. The last two, a table and a vector, are AdamW's beside Muon.
-SHAPES = [(10, 6)] * 5 + [(6, 10)] * 2 + [(2, 6), (12, 4), (20, 5), (7,)]
-OPTIMIZERS = ["muon", "adamw", "adafactor", "adafactor with momentum"]
+# Neither ten rows nor six divide by 4, nor do five of one shape; of one or two rows some processes hold none.
+# The last two, a table and a vector, are AdamW's beside Muon.
+SHAPES = [(10, 6)] * 5 + [(6, 10)] * 2 + [(2, 6), (1, 6), (12, 4), (20, 5), (7,)]
+MATRICES = len(SHAPES) - 2
+OPTIMIZERS = ["muon", "adamw", "adafactor"]
 LAYOUTS = {2: ["fsdp", "tp"], 4: ["fsdp", "hsdp", "tp", "fsdp x tp"]}
 
 
@@ -490,8 +490,7 @@ def optimizer_for(name, params):
                      dict(params=params[-2:], **adam)])
     if name == "adamw":
         return torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1, fused=True)
-    return Adafactor(params, lr=3e-3, weight_decay=0.1, momentum=0.9 if "momentum" in name else None,
-                     scale_parameter="momentum" in name)
+    return Adafactor(params, lr=3e-3, weight_decay=0.1, momentum=0.9, scale_parameter=True)
 
 
 def after_three_steps(name, params, grad_of=lambda p, grad: grad):
@@ -501,9 +500,14 @@ def after_three_steps(name, params, grad_of=lambda p, grad: grad):
         for i, p in enumerate(params):
             p.grad = grad_of(p, randn(*p.shape, seed=1000 * step + i + 1))
         optimizer.step()
+    for p in params:  # so is a state saved and loaded: what has p's shape is cut as p is, all else is whole
+        for value in optimizer.state[p].values():
+            cut_as = value.placements if isinstance(value, DTensor) else None
+            assert cut_as == (getattr(p, "placements", None) if value.shape == p.shape else None)
     found = {f"w{i}": p for i, p in enumerate(params)}
     found |= {f"w{i}.{key}": value for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
-    return {key: (x.full_tensor() if isinstance(x, DTensor) else x).detach().numpy() for key, x in found.items()}
+    found = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in found.items()}
+    return {key: x.detach().numpy() for key, x in found.items()}
 
 
 def cut(whole, mesh, placements):
@@ -538,7 +542,8 @@ def a_process(rank, processes, store, results):
     """All layouts and optimizers; sends {(layout, optimizer): (values, matrices made orthogonal at once)}."""
     try:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
+        dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank,
+                                world_size=processes)
         found, at_once, plain = {}, [], optim.orthogonalize
         optim.orthogonalize = lambda matrices: at_once.append(len(matrices)) or plain(matrices)
         for layout in LAYOUTS[processes]:
@@ -562,7 +567,8 @@ def pieces(tmp_path_factory):
     context, found = torch.multiprocessing.get_context("spawn"), {}
     for count in LAYOUTS:
         results, store = context.Queue(), str(tmp_path_factory.mktemp("store") / "file")
-        processes = [context.Process(target=a_process, args=(rank, count, store, results)) for rank in range(count)]
+        processes = [context.Process(target=a_process, args=(rank, count, store, results))
+                     for rank in range(count)]
         for process in processes:
             process.start()
         try:
@@ -614,26 +620,27 @@ def test_the_layouts_are_what_they_are_called(pieces):
 
 @pytest.mark.parametrize("processes, layout", [(n, layout) for n in LAYOUTS for layout in LAYOUTS[n]])
 def test_each_matrix_is_made_orthogonal_once_and_by_all_in_turn(pieces, processes, layout):
-    """Every process holds at most one whole matrix of those in pieces; nine matrices, three steps."""
+    """Every process holds at most one whole matrix at a time. Three steps."""
     at_once = [pieces[processes][rank][layout, "muon"][1] for rank in range(processes)]
-    assert sum(map(sum, at_once)) == 3 * 9, "is the same work done twice?"
+    assert sum(map(sum, at_once)) == 3 * MATRICES, "is the same work done twice?"
     assert max(map(max, at_once)) == 1, "whole matrices pile up on a process"
-    assert max(map(sum, at_once)) < 3 * 9, "one process does all the work"
+    assert max(map(sum, at_once)) < 3 * MATRICES, "one process does all the work"
 
 
-# ---- groups --------------------------------------------------------------------------------------------------
+# ---- groups ------------------------------------------------------------------------------------------------
 
 
 def small_model(**changes):
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**{"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2, "qk_norm": True,
-                                      **changes}))
+    shape = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2, "qk_norm": True}
+    return Transformer(ModelConfig(**{**shape, **changes}))
 
 
 def settings(**changes):
     return SimpleNamespace(**{
-        "optimizer": "muon", "lr": 0.02, "adam_lr": 8e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8,
-        "steps": 100, "warmup_steps": 9, "schedule": "linear", "final_lr": 0.0, "decay_share": 0.5, **changes})
+        "optimizer": "muon", "lr": 0.02, "adam_lr": 8e-3, "weight_decay": 0.1, "betas": (0.9, 0.95),
+        "eps": 1e-8, "steps": 100, "warmup_steps": 9, "schedule": "linear", "final_lr": 0.0,
+        "decay_share": 0.5, **changes})
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
@@ -692,13 +699,13 @@ def test_the_groups_are_told_in_one_line_and_only_to_who_asks(capsys):
     make_optimizer(model, settings(), say=told.append)
     assert capsys.readouterr().out == "" and told == [describe_groups(parameter_groups(model, settings()))]
     matrices = 2 * (4 * 32 * 32 + 3 * 32 * model.config.ffn_dim)
-    assert told[0] == (f"weights: matrices in blocks (14 tensors, {matrices:,} parameters): muon, peak lr 0.02, "
-                       f"weight decay 0.1; embedding and head (2 tensors, 3,200 parameters): adamw, peak lr 0.008, "
-                       f"weight decay 0.1; vectors (9 tensors, 224 parameters): adamw, peak lr 0.008, "
-                       f"weight decay 0")
+    assert told[0] == (
+        f"weights: matrices in blocks (14 tensors, {matrices:,} parameters): muon, peak lr 0.02, "
+        f"weight decay 0.1; embedding and head (2 tensors, 3,200 parameters): adamw, peak lr 0.008, "
+        f"weight decay 0.1; vectors (9 tensors, 224 parameters): adamw, peak lr 0.008, weight decay 0")
 
 
-# ---- schedules -----------------------------------------------------------------------------------------------
+# ---- schedules ---------------------------------------------------------------------------------------------
 
 EVERY = pytest.mark.parametrize("schedule", SCHEDULES)
 
@@ -732,7 +739,7 @@ def test_linear_is_a_line():
 
 
 def test_cosine_is_half_a_wave():
-    """Loshchilov & Hutter 2017, Eq. 5: min + (max - min) / 2 (1 + cos(pi t / T)); half-way it is in the middle."""
+    """Loshchilov & Hutter 2017, Eq. 5: min + (max - min) / 2 (1 + cos(pi t / T))."""
     found = rates(schedule="cosine", final_lr=0.2, warmup_steps=20)[20:]
     assert found == pytest.approx([0.2 + 0.4 * (1 + math.cos(math.pi * t / 80)) for t in range(81)])
     assert found[40] == pytest.approx(0.6)
@@ -760,7 +767,7 @@ def test_wsd_stays_level_and_falls_in_a_line_over_the_last_share():
 @EVERY
 @pytest.mark.parametrize("changes", [{}, {"decay_share": 1.0}, {"warmup_steps": 1}, {"final_lr": 0.9}])
 def test_there_is_no_jump(schedule, changes):
-    """With all times a thousandfold, a step changes the rate by next to nothing, where parts join as elsewhere."""
+    """With all times a thousandfold, a step changes the rate by next to nothing, also where parts join."""
     scale = 1000
     changes = {"warmup_steps": 9, **changes}
     changes["warmup_steps"] *= scale

@@ -505,8 +505,10 @@ def check_sums(state: Path):
     for name, expected in sums.items():
         if sha256(state / name) != expected:
             raise UserError(f"{name} has changed since it was written")
-    files = {"state.json", *(f"{group}.safetensors" for group in read_json(state / "state.json")["groups"])}
-    if not files <= sums.keys():
+    if sums.keys() != {file.name for file in state.iterdir()} - {"SHA256SUMS"}:
+        raise UserError("SHA256SUMS does not list the files that are there")
+    groups = read_json(state / "state.json")["groups"]
+    if not {f"{group}.safetensors" for group in groups} <= sums.keys():
         raise UserError("SHA256SUMS does not list all files that state.json does")
 
 

@@ -116,9 +116,9 @@ def stackable(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 def orthogonalize_together(directions: list[Tensor], p: Tensor) -> Tensor:
-    """`orthogonalize` N matrices, of which each process has a piece, cut as p is: (N, …) pieces of the results.
+    """`orthogonalize` N matrices, of which each process has a piece, cut as p is: pieces again, (N, …).
 
-    That takes whole matrices. Instead of every process gathering all, each is sent its share of them (what was
+    It takes whole matrices. Instead of every process gathering all, each is sent its share of them (what was
     cut along rows or columns is then cut along N), and gives back the pieces. Plain tensors, whole on each
     process that there is (DDP), each process does by itself.
     """
@@ -239,7 +239,7 @@ def cuts(p: DTensor, keep: int | None, other) -> list:
 
 
 def total(piece: Tensor, p: Tensor, keep: int | None = None) -> Tensor:
-    """The sum over all dimensions but `keep` of the tensor that each process has a piece of, cut as p is.
+    """Of a tensor that each process has a piece of, cut as p is, the sum over all dimensions but `keep`.
 
     Whole and equal on all processes: (n, 1), (1, m) or, where no dimension is kept, (1, 1).
     """
@@ -272,18 +272,14 @@ def parameter_groups(model: nn.Module, settings) -> list[dict]:
     rules = {"matrices in blocks": (settings.optimizer, settings.lr, settings.weight_decay),
              "embedding and head": (rest, settings.adam_lr, settings.weight_decay),
              "vectors": (rest, settings.adam_lr, 0.0)}
-    params: dict[str, list[Tensor]] = {rule: [] for rule in rules}
+    params: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            inside = "matrices in blocks" if ".layers." in name else "embedding and head"
-            params["vectors" if p.dim() < 2 else inside].append(p)
-    groups = []
-    for rule, (optimizer, lr, weight_decay) in rules.items():
-        adam = {"betas": settings.betas, "eps": settings.eps} if optimizer == "adamw" else {}
-        if params[rule]:
-            groups.append({"rule": rule, "params": params[rule], "optimizer": optimizer, "lr": lr,
-                           "lr_scale": lr / settings.lr, "weight_decay": weight_decay, **adam})
-    return groups
+            matrix = "matrices in blocks" if ".layers." in name else "embedding and head"
+            params.setdefault("vectors" if p.dim() < 2 else matrix, []).append(p)
+    return [{"rule": rule, "params": params[rule], "optimizer": optimizer, "weight_decay": weight_decay,
+             "lr": lr, "lr_scale": lr / settings.lr, "betas": settings.betas, "eps": settings.eps}
+            for rule, (optimizer, lr, weight_decay) in rules.items() if rule in params]
 
 
 def describe_groups(groups: list[dict]) -> str:

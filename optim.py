@@ -34,6 +34,7 @@ from config import run
 # ones, tuned to raise small values fast (Jordan et al. 2024): the results end between 0.68 and 1.14, which
 # serves as well as exactly 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+WHOLE_AT_ONCE = 2 ** 24  # numbers of sharded matrices that a process holds whole (64 MiB); at least a matrix
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -102,14 +103,15 @@ class Muon(torch.optim.Optimizer):
 def stackable(params: list[Tensor]) -> list[list[Tensor]]:
     """The matrices that have a gradient, in lists of one shape and layout.
 
-    Whole ones in lists of any length; those in pieces at most one a process: so many are whole at a time.
+    Plain ones in lists of any length; of those in pieces, as many as may be whole at a time.
     """
     lists: dict[tuple, list[list[Tensor]]] = {}
     for p in params:
         if p.grad is not None:
             mesh, placements = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, None)
+            at_once = len(params) if mesh is None else mesh.size() * max(1, WHOLE_AT_ONCE // p.numel())
             alike = lists.setdefault((p.shape, mesh, placements), [[]])
-            if mesh is not None and len(alike[-1]) == mesh.size():
+            if len(alike[-1]) == at_once:
                 alike.append([])
             alike[-1].append(p)
     return sum(lists.values(), [])

@@ -21,6 +21,7 @@ Every layout gives the losses of one process (tests/test_parallel.py): what diff
 import contextlib
 import functools
 import importlib.util
+import logging
 import math
 import os
 import shutil
@@ -186,15 +187,27 @@ def setup(settings: Compute) -> Env:
 
 def join(env: Env, timeout_minutes: float):
     """Make the process groups: one for the steps, with a time limit, and a patient one."""
+    for name in ("_redistribute", "_collective_utils"):  # they would tell each process what could be faster
+        logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)
     if not dist.is_initialized():
         backend = "nccl" if env.device.type == "cuda" else "gloo"
         if backend == "nccl" and not dist.is_nccl_available():
             raise UserError("several GPUs need NCCL, which this torch lacks (it is built for Linux only); run one "
                             "process, or pass --device cpu")
-        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}  # python, not torchrun
-        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size,
-                                timeout=timedelta(minutes=timeout_minutes), **alone)
+        dist.init_process_group(backend, store=meeting_place(), rank=env.rank, world_size=env.world_size,
+                                timeout=timedelta(minutes=timeout_minutes))
     env.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def meeting_place() -> dist.Store | None:
+    """Where the processes find each other's addresses; None for torch's own choice."""
+    if "MASTER_ADDR" not in os.environ:  # python, not torchrun: nobody else to find
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    # torchrun's own store outlives a restart, and with it the addresses of processes that are gone (torch 2.13)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def own_gpu(device: torch.device) -> torch.device:
@@ -339,7 +352,12 @@ class Root(nn.Module):
 def inside(model: nn.Module, function, *args):
     """function(model, *args), where all weights are within reach, and their gradients will be added up."""
     root = model.__dict__.get("root")
-    return function(model, *args) if root is None else root(function, *args)
+    if root is None:
+        return function(model, *args)
+    result = root(function, *args)
+    if isinstance(root, FSDPModule) and not torch.is_grad_enabled():
+        root.reshard()  # else a backward pass, which never comes, would
+    return result
 
 
 def whole_step(model: nn.Module, last: bool):

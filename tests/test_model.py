@@ -507,18 +507,20 @@ def test_a_mask_is_kept_by_each_block_as_numbers(precision):
 
 
 def measured(config, B, T, precision="fp32", chunked=True, **compute):
-    """Bytes at the end of a forward pass, and the most in the second of two micro-batches; without weights."""
+    """Bytes, without weights: the most in the forward pass of a first micro-batch (loss), at its end (kept),
+    and the most in the second micro-batch (peak).
+    """
     model = parallelize(Transformer(config), Env(torch.device("cpu"), compute=Compute(**compute)))
+    found = []
     with Live(model.parameters()) as live:
         for _ in range(2):
             live.peak = 0
             ids = random_ids(B, T, vocab_size=config.vocab_size)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 loss, _ = next_token_loss(model, (ids, ids), chunked=chunked)
-            forward = live.now
+            found += [live.peak, live.now]
             loss.backward()
-    grads = sum(p.grad.nbytes for p in model.parameters())
-    return forward - grads, live.peak
+    return SimpleNamespace(loss=found[0], kept=found[1], peak=live.peak)
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
@@ -530,7 +532,7 @@ def test_what_checkpointed_blocks_keep(kind, precision):
         for n_layers in (2, 5):
             config = replace(TINY, n_layers=n_layers, qk_norm=True)
             compute = dict(activation_checkpointing=kind, checkpoint_every=every)
-            kept.append(measured(config, 3, 16, precision, **compute)[0])
+            kept.append(measured(config, 3, 16, precision, **compute).kept)
             estimates.append(estimate_memory(config, 3, 16, precision=precision, **compute)["activations"])
         copies = 2 * block_matrices(random_model(n_layers=3)) if precision == "bf16" else 0
         got, expected = estimates[1] - estimates[0], kept[1] - kept[0]
@@ -549,8 +551,8 @@ SIZES = [(replace(TINY, n_layers=4, qk_norm=True, ffn_dim=120), 8, 64),
 def test_the_total_is_what_a_step_holds_at_most(config, B, T, chunked, precision):
     """Within 10 %: what single operations take for a moment is left out."""
     estimate = estimate_memory(config, B, T, precision=precision, chunked_loss=chunked)
-    _, peak = measured(config, B, T, precision, chunked)
-    peak += 4 * count_parameters(config) + estimate["moments"]
+    peak = (measured(config, B, T, precision, chunked).peak
+            + 4 * count_parameters(config) + estimate["moments"])
     assert estimate["total"] == pytest.approx(peak, rel=0.1)
 
 
@@ -560,9 +562,35 @@ def test_the_total_is_what_a_step_holds_at_most(config, B, T, chunked, precision
 def test_with_checkpoints_the_total_bounds_what_a_step_holds(config, B, T, kind, precision):
     """Within 10 %; from above only up to the logits, which are gone when a block is computed again."""
     estimate = estimate_memory(config, B, T, precision=precision, activation_checkpointing=kind)
-    _, peak = measured(config, B, T, precision, activation_checkpointing=kind)
-    peak += 4 * count_parameters(config) + estimate["moments"]
+    peak = (measured(config, B, T, precision, activation_checkpointing=kind).peak
+            + 4 * count_parameters(config) + estimate["moments"])
     assert peak < 1.1 * estimate["total"] and estimate["total"] - estimate["logits"] < 1.1 * peak
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("V", [500, 4096])
+def test_what_the_chunked_loss_holds(V, precision):
+    """In one chunk and in two of 2^21, within 3 %: a chunk's sums, maxima and hidden states are left out."""
+    config, B, T = replace(TINY, vocab_size=V, max_seq_len=256), 8, 128
+    estimate = estimate_memory(config, B, T, precision=precision)
+    copies = estimate["weights"] - 4 * count_parameters(config)
+    held = measured(config, B, T, precision).loss - estimate["activations"] - copies
+    assert estimate["logits"] == pytest.approx(held, rel=0.03)
+
+
+@pytest.mark.parametrize("layout", [{}, dict(precision="bf16"), dict(precision="bf16", data_parallel="fsdp")],
+                         ids=str)
+def test_a_block_computed_again_takes_what_it_would_have_kept(layout):
+    """So a model of one block wins nothing. Beside that stand its input in bf16, which norms cast to float32,
+    and with "selective" the products' outputs that nothing reads: q and k before their rotation, o and down.
+    """
+    config, tokens = replace(TINY, n_layers=1), 3 * 16
+    none, full, selective = (
+        estimate_memory(config, 3, 16, activation_checkpointing=kind, **layout)["activations"]
+        for kind in ("none", "full", "selective"))
+    cast = 2 * 32 * tokens if "data_parallel" in layout else 0
+    assert full == none + cast
+    assert selective == full + (2 if layout else 4) * tokens * ((4 + 2) * 8 + 2 * 32)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
@@ -589,8 +617,8 @@ def test_weights_are_four_bytes_a_parameter_and_two_more_for_those_that_multiply
 
 
 def test_shards_divide_the_weights_but_for_the_blocks_at_work():
-    """By hand: 1/8 of all; whole, in bf16, two blocks (or all), embedding, head and the last norm; of gradients
-    one block, which is sent in float32.
+    """By hand: 1/8 of all; whole, in bf16, two blocks (or all), embedding, head and the last norm; of the
+    gradients one block, which is sent in float32.
     """
     P, VC, C, L = count_parameters(LLAMA_7B), 32000 * 4096, 4096, 32
     block = (P - 2 * VC - C) // L
@@ -601,6 +629,16 @@ def test_shards_divide_the_weights_but_for_the_blocks_at_work():
         assert memory["gradients"] == 4 * P / 8 + 2 * (block + 2 * VC + C) + 4 * block
         assert memory["moments"] == 8 * P / 8
     assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
+    muon = {n: estimate_memory(LLAMA_7B, 1, 2048, optimizer="muon", data_parallel="fsdp", shards=n)
+            for n in (1, 8)}
+    assert muon[8]["moments"] == muon[1]["moments"] / 8
+
+
+def test_without_fsdp_nothing_is_sharded_but_tensor_parallelism_brings_its_gathering():
+    def memory(**layout):
+        return estimate_memory(LLAMA_7B, 1, 2048, precision="bf16", **layout)
+    assert memory(shards=8) == memory() == memory(data_parallel="ddp")
+    assert memory(tensor_parallel=2, shards=8) == memory(tensor_parallel=2, data_parallel="fsdp")
 
 
 def test_tensor_parallel_processes_share_matrices_heads_and_positions():

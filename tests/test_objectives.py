@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bpe
 import data
 import objectives
 from bpe import Tokenizer
@@ -184,8 +185,8 @@ def test_the_new_tokens_come_last_and_change_no_other_id():
     text = "the cat 天地 <|endoftext|> <|fim_prefix|>"
     assert FIM.encode(text) == PLAIN.encode(text), "the text spells a special token, and must stay text"
     assert with_fim_tokens(FIM) is FIM
-    own_ids = Tokenizer([], {"<|fim_suffix|>": 300, "</s>": 301})
-    assert with_fim_tokens(own_ids).special_tokens == {
+    one_of_three = with_fim_tokens(Tokenizer([], {"<|fim_suffix|>": 300, "</s>": 301}, bpe.GPT2_PATTERN))
+    assert one_of_three.pattern == bpe.GPT2_PATTERN and one_of_three.special_tokens == {
         "<|fim_suffix|>": 300, "</s>": 301, "<|fim_prefix|>": 302, "<|fim_middle|>": 303}
 
 
@@ -331,9 +332,18 @@ def test_cuts_are_at_any_character_and_no_merge_crosses_one():
 
 
 def test_cuts_in_token_space_keep_the_tokens():
-    ids = FIM.encode("the cat sat on the mat; 天地玄黄")
-    for row in ids_of(*fill_in([[*ids, END]] * 50, 60, rate=1.0, cut="tokens").at(0)):
-        assert sum(undo(row)[0][1:], []) == ids
+    ids, cuts = FIM.encode("the cat sat on the mat"), Counter()
+    for row in ids_of(*fill_in([[*ids, END]] * 400, 60, rate=1.0, spm_rate=0.0, cut="tokens").at(0)):
+        (_, prefix, middle, suffix), = undo(row, spm_rate=0.0)
+        assert prefix + middle + suffix == ids
+        cuts.update([len(prefix), len(prefix + middle)])
+    assert set(cuts) == set(range(len(ids) + 1))
+    assert all(within(count, 800, 1 / len(cuts)) for count in cuts.values()), cuts
+
+
+def test_where_there_is_no_text_there_is_nothing_to_fill_in():
+    row, = ids_of(*fill_in([[END, END, *FIM.encode("the cat"), END]], 40, rate=1.0).at(0))
+    assert row[:2] == [END, END] and row[2] == PRE
 
 
 def test_half_a_character_at_a_windows_edge_is_neither_lost_nor_cut():
@@ -437,7 +447,7 @@ def prompts_of(monkeypatch, folder, tokenizer=FIM, **options):
 def test_every_order_has_the_same_middles_and_as_much_context(tmp_path, monkeypatch):
     write_shards(tmp_path, ["\n".join(LINES * 8)], "val")
     prompts, middles = prompts_of(monkeypatch, tmp_path, n=40, span=10)
-    context, text, full = 64 - 3 - 11, "\n".join(LINES * 8), 0
+    context, text, full, short = 64 - 3 - 11, "\n".join(LINES * 8), 0, 0
     for left, psm, spm, middle in zip(prompts["left to right"], prompts["PSM"], prompts["SPM"], middles):
         prefix, suffix = psm[1:psm.index(SUF)], psm[psm.index(SUF) + 1:-1]
         assert psm == arrange(prefix, [], suffix, False, FIM)
@@ -445,8 +455,11 @@ def test_every_order_has_the_same_middles_and_as_much_context(tmp_path, monkeypa
         assert left[-len(prefix):] == prefix, "the text before the middle differs"
         assert FIM.decode(prefix) + middle + FIM.decode(suffix) in text
         assert len(left) <= context and len(suffix) <= context // 2
-        full += len(left) == len(prefix) + len(suffix) == context
-    assert full > 20, "where the text is long enough, all of the context is used"
+        if len(left) == context:
+            assert len(prefix) + len(suffix) == context, "less context than there is"
+            short += len(suffix) < context // 2
+            full += len(suffix) == context // 2
+    assert full > 10 and short > 0, "long texts, and some that end soon behind the middle"
 
 
 def test_without_the_sentinels_only_left_to_right_is_measured(tmp_path, monkeypatch):

@@ -467,6 +467,76 @@ def test_two_processes_give_the_losses_of_one(shards, tmp_path):
     assert one[-1]["val_bits_per_byte"] == pytest.approx(two[-1]["val_bits_per_byte"], rel=1e-4)
 
 
+@pytest.mark.parametrize("layout", [["--data_parallel", "fsdp"], ["--tensor_parallel", "2"]])
+def test_a_model_that_lies_in_parts_ends_in_the_same_model_folder(finished, shards, tmp_path, layout):
+    transformers = pytest.importorskip("transformers")
+    evaluating = ["--eval_every", "4", "--save_every", "4"]  # weights are gathered to evaluate: then to be saved
+    done = run_train(shards, tmp_path / "run", *SMALL, *evaluating, *layout, processes=2)
+    assert "Warning" not in done.stderr and "W1" not in done.stderr, "torch's warnings reach the user"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(finished[1], dtype=torch.float32)
+    for (name, p), q in zip(theirs.named_parameters(), expected.parameters()):
+        # twelve steps, in which Adam divides small gradients by their own size
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.slow
+def test_a_process_killed_under_torchrun_is_started_again_and_the_run_ends_the_same(shards, tmp_path):
+    if not Path("/proc").exists():
+        pytest.skip("the processes of torchrun are found in /proc")
+    arguments = [*SMALL, "--steps", "60", "--save_every", "2"]
+    run_train(shards, tmp_path / "whole", *arguments, processes=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--max-restarts", "3", str(ROOT / "train.py"), "--data", str(shards), "--out", str(tmp_path / "run"),
+               "--overwrite", *arguments]  # which must not delete the run at a restart
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for step in (10, 30):
+        while not list((tmp_path / "run").glob(f"state/step_*{step}")) and process.poll() is None:
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=300)[0].decode("utf-8", "replace")
+    assert process.returncode == 0, output[-3000:]
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 61))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+def test_sigusr1_asks_for_an_evaluation(shards, tmp_path):
+    out, asked = tmp_path / "run", False
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out), *SMALL,
+               "--steps", "60"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        if not asked and (out / "log.jsonl").exists() and log_of(out):
+            process.send_signal(signal.SIGUSR1)
+            asked = True
+        time.sleep(0.002)
+    evaluated = [line["step"] for line in log_of(out) if "val_bits_per_byte" in line]
+    assert process.returncode == 0 and asked and len(evaluated) == 2 and evaluated[0] < 60, evaluated
+
+
+def test_the_batch_grows_with_the_tokens_seen_and_no_window_is_left_out_or_repeated(shards, tmp_path, monkeypatch):
+    settings = settings_for(tmp_path, batch_size=16, batch_start=4, ramp_tokens=64 * 32, micro_batch_size=2, steps=30)
+    sizes = [train.batch_windows(step, settings) for step in range(30)]
+    assert sizes[0] == 4 and sizes[-1] == 16 and sizes == sorted(sizes) and set(sizes) == {4, 8, 12, 16}
+    seen = 0
+    for step, size in enumerate(sizes):  # GPT-3's rule, rounded down: linear in the tokens seen
+        assert size == min(16, int(4 + 12 * seen / 64) // 4 * 4) and train.windows_before(step, settings) == seen
+        seen += size
+    asked = []
+
+    class Noting(FixedBatches):
+        def at(self, i):
+            asked.append(i)
+            return super().at(i)
+
+    train.train(small_model(), Noting(), train.next_token_loss, settings, CPU)
+    assert asked == list(range(seen // 2)), "micro-batches of 2 windows, each once, in order"
+
+
 @pytest.mark.slow
 def test_a_run_begun_with_one_process_goes_on_with_two(shards, tmp_path):
     arguments = [*SMALL, "--save_every", "6"]

@@ -28,8 +28,7 @@ TINY = ModelConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, max_seq_len=32)
 SEVEN_B = ModelConfig(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, ffn_dim=11008, max_seq_len=2048)
 LAYOUT = dict(batch_size=2048, micro_batch_size=1, batch_start=None, seq_len=2048, steps=1000,
               optimizer="adamw", activation_checkpointing="none", checkpoint_every=1, chunked_loss=True,
-              data_parallel="ddp",
-              shard_size=None, tensor_parallel=1, reshard=True, objective="next_token")
+              data_parallel="ddp", shard_size=None, tensor_parallel=1, reshard=True, objective="next_token")
 GPU = torch.device("cuda", 0)
 
 

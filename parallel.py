@@ -262,8 +262,9 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU has it") if native else ("fp16", "the GPU has no bf16; losses are scaled")
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # (an older torch has no such function)
-    if device.type == "cpu" and capabilities.get("amx_bf16"):
-        return "bf16", "the CPU has AMX"
+    for name in ("amx_bf16", "avx512_bf16"):
+        if device.type == "cpu" and capabilities.get(name):
+            return "bf16", f"the CPU has {name}"
     return "fp32", f"bf16 does not pay on this {device.type}"
 
 

@@ -25,7 +25,7 @@ import train
 from config import UserError, parse, require, run
 from model import Transformer, count_parameters, estimate_flops
 from objectives import linear_cross_entropy, next_token_loss
-from parallel import Env, measure_peak, parallelize, setup
+from parallel import Env, choose_precision, measure_peak, parallelize, setup
 from survive import local_part
 
 
@@ -66,27 +66,34 @@ def alternate(rounds: int, **sides) -> dict[str, float]:
 
 
 def training(rounds: int):
-    """Tokens a second of the main job's training step, beside transformers' eager Llama with AdamW."""
-    settings = train.Settings(tie_embeddings=False)
-    env = Env(torch.device("cpu"))
+    """Tokens a second of the main job's training step, beside transformers' eager Llama with fused AdamW."""
+    settings, device = train.Settings(), torch.device("cpu")
     config = train.planned_config(settings, 4096)
-    tokens = settings.batch_size * settings.seq_len
-    sides = {"transformers": peer_step(config, settings, env),
-             "muon": our_step(config, settings, env),
-             "adamw": our_step(config, train.Settings(optimizer="adamw", lr=3e-3), env)}
+    fastest = choose_precision("auto", device)[0]
+    sides = {"transformers": peer_step(config, settings, Env(device))}
+    for precision, compiled in dict.fromkeys([("fp32", False), (fastest, False), (fastest, True)]):
+        env = Env(device, precision=precision, compile=compiled)
+        if precision != "fp32" and not compiled:
+            sides[f"transformers {precision}"] = peer_step(config, settings, env)
+        for optimizer in ("muon", "adamw"):
+            name = f"{optimizer} {precision}{' compiled' * compiled}"
+            sides[name] = our_step(config, train.Settings(optimizer=optimizer), env)
     seconds = alternate(rounds, **sides)
-    peak, flops = measure_peak(env), estimate_flops(config, settings.seq_len) * tokens
-    print(f"training step, {count_parameters(config):,} parameters, {tokens:,} tokens, "
-          f"{torch.get_num_threads()} threads; matrix products: {peak / 1e9:,.0f} GFLOP/s")
+    tokens = settings.batch_size * settings.seq_len
+    flops = estimate_flops(config, settings.seq_len) * tokens
+    peaks = {precision: measure_peak(Env(device, precision=precision)) for precision in {"fp32", fastest}}
+    print(f"training step, {count_parameters(config):,} parameters, {tokens:,} tokens, {torch.get_num_threads()} "
+          f"threads; matrix products: " + ", ".join(f"{p} {v / 1e9:,.0f} GFLOP/s" for p, v in peaks.items()))
     for name, value in seconds.items():
-        print(f"  {name:<14}{tokens / value:>10,.0f} tokens/s{seconds['transformers'] / value:>8.2f} x transformers"
+        peak = peaks[fastest if fastest in name else "fp32"]
+        print(f"  {name:<20}{tokens / value:>10,.0f} tokens/s{seconds['transformers'] / value:>7.2f} x transformers"
               f"{flops / value / peak:>8.0%} of the peak")
 
 
 def our_step(config, settings, env):
     torch.manual_seed(0)
     model = parallelize(Transformer(config).train(), env)
-    optimizer = train.make_optimizer(model, settings)
+    optimizer = train.make_optimizer(model, settings, None, env.products)
     batch = random_batch(config, settings, env)
     return lambda: train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
 
@@ -194,7 +201,7 @@ def held_bytes():
     settings = train.Settings(optimizer="adamw", lr=1e-3, device="cpu", data_parallel="fsdp", batch_size=16)
     env = setup(settings)
     model = parallelize(Transformer(train.planned_config(settings, 4096)), env)
-    optimizer = train.make_optimizer(model, settings)
+    optimizer = train.make_optimizer(model, settings, None, env.products)
     batch = random_batch(model.config, settings, env, rows=2)
     train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
     tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
@@ -230,7 +237,7 @@ def gpu_step(preset: str, config, rows: int, data_parallel: str = "ddp"):
     settings = train.Settings(preset=preset, device="cuda", compile=True, data_parallel=data_parallel)
     env = setup(settings)
     model = parallelize(Transformer(config).train(), env)
-    optimizer = train.make_optimizer(model, settings)
+    optimizer = train.make_optimizer(model, settings, None, env.products)
     batch = random_batch(config, settings, env, rows)
     return lambda: train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
 

@@ -37,17 +37,21 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 WHOLE_AT_ONCE = 2 ** 24  # numbers of sharded matrices that a process holds whole (64 MiB); at least a matrix
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """U Vᵀ, approximately, of each matrix U S Vᵀ of the batch (N, rows, columns)."""
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """U Vᵀ, approximately, of each matrix U S Vᵀ of the batch (N, rows, columns).
+
+    dtype: of the matrix products; bfloat16 serves where it is fast: the singular values are rough anyway.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = matrices.size(-2) <= matrices.size(-1)
     x = matrices if wide else matrices.mT  # (N, n, m) with n <= m: the products below are n x n
     # the Frobenius norm bounds every singular value: all are <= 1 now
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(dtype) if x.dtype == torch.float32 else x  # (tests compute in float64)
     for _ in range(steps):
         gram = x @ x.mT  # (N, n, m) x (N, m, n) -> (N, n, n)
         x = a * x + (b * gram + c * gram @ gram) @ x  # U and V cancel in between: singular values become p(s)
-    return x if wide else x.mT
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,14 +59,16 @@ class Muon(torch.optim.Optimizer):
 
     groups: dicts of params, optimizer, lr, weight_decay; for the AdamW groups also betas and eps. momentum:
     decay of the running mean of gradients; Nesterov's form is used. A matrix moves by lr * sqrt(max(1, rows /
-    columns)) * U Vᵀ, so that a unit input changes its output by about lr whatever the shape.
+    columns)) * U Vᵀ, so that a unit input changes its output by about lr whatever the shape. dtype: of the
+    products that find U Vᵀ.
 
-    Unlike torch.optim.Muon: float32 instead of bfloat16, in which a CPU without bfloat16 instructions is a
-    hundred times slower; matrices of one shape are one batch; weights may be DTensors; one object serves all.
+    Unlike torch.optim.Muon: float32 where that is not asked for, as a CPU without bfloat16 instructions is a
+    hundred times slower in it; matrices of one shape are one batch; weights may be DTensors; one object serves all.
     """
 
-    def __init__(self, groups: list[dict], momentum: float = 0.95):
+    def __init__(self, groups: list[dict], momentum: float = 0.95, dtype: torch.dtype = torch.float32):
         super().__init__(groups, {"optimizer": "adamw", "momentum": momentum, "weight_decay": 0.0})
+        self.dtype = dtype
         self.share_with_adamw()
 
     def __setstate__(self, state: dict):
@@ -96,7 +102,7 @@ class Muon(torch.optim.Optimizer):
             directions.append(grad.lerp(momentum, group["momentum"]))  # Nesterov: look one step ahead
         rows, columns = params[0].shape
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-        for p, update in zip(params, orthogonalize_together(directions, params[0])):
+        for p, update in zip(params, orthogonalize_together(directions, params[0], self.dtype)):
             own(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
 
 
@@ -117,7 +123,7 @@ def stackable(params: list[Tensor]) -> list[list[Tensor]]:
     return sum(lists.values(), [])
 
 
-def orthogonalize_together(directions: list[Tensor], p: Tensor) -> Tensor:
+def orthogonalize_together(directions: list[Tensor], p: Tensor, dtype: torch.dtype) -> Tensor:
     """`orthogonalize` N matrices, of which each process has a piece, cut as p is: pieces again, (N, …).
 
     It takes whole matrices. Instead of every process gathering all, each is sent its share of them (what was
@@ -125,12 +131,12 @@ def orthogonalize_together(directions: list[Tensor], p: Tensor) -> Tensor:
     process that there is (DDP), each process does by itself.
     """
     if not isinstance(p, DTensor):
-        return orthogonalize(torch.stack(directions))
+        return orthogonalize(torch.stack(directions), dtype=dtype)
     shape = (*p.shape, len(directions))  # N last: rows and columns are dimensions 0 and 1, as placements say
     by_process = [Shard(2)] * p.device_mesh.ndim
     batch = join(torch.stack(directions, dim=-1), p.device_mesh, p.placements, shape)
     share = batch.redistribute(placements=by_process).to_local().movedim(-1, 0)  # (0 or more, rows, columns)
-    share = orthogonalize(share).movedim(0, -1).contiguous()
+    share = orthogonalize(share, dtype=dtype).movedim(0, -1).contiguous()
     done = join(share, p.device_mesh, by_process, shape)
     return done.redistribute(placements=p.placements).to_local().movedim(-1, 0)
 
@@ -292,8 +298,11 @@ def describe_groups(groups: list[dict]) -> str:
         for group in groups)
 
 
-def make_optimizer(model: nn.Module, settings, say=None) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings, say=None,
+                   dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
     """The optimizer that settings.optimizer names, for the model's `parameter_groups`; `say` is told these.
+
+    dtype: of Muon's matrix products.
 
     To be called once the model is in pieces, as an optimizer holds on to the tensors it is given.
     """
@@ -301,7 +310,7 @@ def make_optimizer(model: nn.Module, settings, say=None) -> torch.optim.Optimize
     if say:
         say(describe_groups(groups))
     if settings.optimizer == "muon":
-        return Muon(groups)
+        return Muon(groups, dtype=dtype)
     return Adafactor(groups) if settings.optimizer == "adafactor" else torch.optim.AdamW(groups, fused=True)
 
 

@@ -103,6 +103,11 @@ class Env:
         """Where float64 sums are kept: MPS has no float64, and gloo reduces on the CPU."""
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
+    @property
+    def products(self) -> torch.dtype:
+        """What rough matrix products outside the model may be computed in: bfloat16 or float32."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def to_device(self, batch):
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
 

@@ -287,7 +287,7 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
     env = env or setup(settings)
     folder = Path(settings.out)
     model = parallelize(model.train(), env)
-    optimizer = make_optimizer(model, settings, say=env.say)
+    optimizer = make_optimizer(model, settings, env.say, env.products)
     validation = validation if isinstance(validation, dict) else {"": validation} if validation else {}
     identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | (corpus or {})
     run = Run(folder, model, tokenizer, optimizer, env, identity)

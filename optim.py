@@ -67,8 +67,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, dtype: torch.dtype = torch.float32):
-        super().__init__(groups, {"optimizer": "adamw", "momentum": momentum, "weight_decay": 0.0})
-        self.dtype = dtype
+        super().__init__(groups, {"optimizer": "adamw", "momentum": momentum, "weight_decay": 0.0,
+                                  "dtype": dtype})
         self.share_with_adamw()
 
     def __setstate__(self, state: dict):
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
             directions.append(grad.lerp(momentum, group["momentum"]))  # Nesterov: look one step ahead
         rows, columns = params[0].shape
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-        for p, update in zip(params, orthogonalize_together(directions, params[0], self.dtype)):
+        for p, update in zip(params, orthogonalize_together(directions, params[0], group["dtype"])):
             own(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
 
 

@@ -327,7 +327,7 @@ def time_table(events, device: str) -> str:
     rest = "idle: the GPU waits" if device == "cuda" else "Python, and waiting"
     times.append((rest, max(0.0, whole - sum(time for _, time in times))))  # (kernels may run side by side)
     rows = [(f"  {kind}", f"{time / whole:.0%}", f"{time / len(steps) / 1e3:,.2f} ms",
-             ", ".join(f"{name.removeprefix('aten::')[:40]} {spent / whole:.0%}"
+             ", ".join(f"{name.removeprefix('aten::')[:56]} {spent / whole:.0%}"
                        for name, spent in kinds[kind].most_common(3) if spent >= 0.01 * whole))
             for kind, time in times]
     head = f"where the {whole / len(steps) / 1e3:,.2f} ms of a step go ({len(steps)} steps, process 0):"

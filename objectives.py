@@ -100,6 +100,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad = grad.to(exact)  # (rows, V)
                     part_grad.copy_(grad @ exact_weight)
                     weight_grad += grad.T @ part.to(exact)
+                del grad  # before the next rows' logits take as much again
         if with_gradient:
             if group is not None:
                 dist.all_reduce(hidden_grad, group=group)

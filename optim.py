@@ -34,7 +34,7 @@ from config import run
 # ones, tuned to raise small values fast (Jordan et al. 2024): the results end between 0.68 and 1.14, which
 # serves as well as exactly 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-WHOLE_AT_ONCE = 2 ** 24  # numbers of sharded matrices that a process holds whole (64 MiB); at least a matrix
+WHOLE_AT_ONCE = 2 ** 24  # numbers of the matrices that a process works on at a time (64 MiB); one at least
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,13 +109,13 @@ class Muon(torch.optim.Optimizer):
 def stackable(params: list[Tensor]) -> list[list[Tensor]]:
     """The matrices that have a gradient, in lists of one shape and layout.
 
-    Plain ones in lists of any length; of those in pieces, as many as may be whole at a time.
+    Each list is as long as memory for whole matrices allows: WHOLE_AT_ONCE numbers a process.
     """
     lists: dict[tuple, list[list[Tensor]]] = {}
     for p in params:
         if p.grad is not None:
             mesh, placements = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, None)
-            at_once = len(params) if mesh is None else mesh.size() * max(1, WHOLE_AT_ONCE // p.numel())
+            at_once = (1 if mesh is None else mesh.size()) * max(1, WHOLE_AT_ONCE // p.numel())
             alike = lists.setdefault((p.shape, mesh, placements), [[]])
             if len(alike[-1]) == at_once:
                 alike.append([])

@@ -325,7 +325,7 @@ def parallelize(model: nn.Module, env: Env) -> nn.Module:
     root = Root(model)
     if compute.data_parallel == "ddp" and compute.tensor_parallel == 1:
         model.to(env.device)
-        root = DistributedDataParallel(root)
+        root = DistributedDataParallel(root, gradient_as_bucket_view=True)  # not a second copy of them
         if compute.reduce_dtype == "bf16":
             root.register_comm_hook(None, mean_in_bf16)
     else:

@@ -334,7 +334,8 @@ def one_step(run: Run, batches, loss_fn, settings, env) -> dict:
     def fetch():
         for i in range(first, first + windows // size):
             asked = time.perf_counter()
-            batch = batches.at(i)
+            with torch.profiler.record_function("data"):
+                batch = batches.at(i)
             waited[0] += time.perf_counter() - asked
             yield batch
 
@@ -498,8 +499,9 @@ def main():
 
 def pretrain(settings: Settings, env: Env):
     """The main job on one process: refuse what is wrong, make what is missing, train, show."""
+    tokens = windows_before(settings.steps, settings) * settings.seq_len
     if settings.dry_run:
-        env.first(lambda: print(dry_run(planned_config(settings), settings, env)))
+        env.first(lambda: print(dry_run(planned_config(settings), settings, env, tokens)))
         return
     env.first(lambda: prepare_data(settings, env))
     batches, validation = open_data(settings, env)
@@ -507,7 +509,6 @@ def pretrain(settings: Settings, env: Env):
     env.first(lambda: open_run_folder(settings))  # last of all that can refuse: --overwrite deletes here
     if env.rank == 0:
         show(settings)
-    tokens = windows_before(settings.steps, settings) * settings.seq_len
     env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, "
             f"{tokens / batches.tokens:.2f} epochs, "
             f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
@@ -602,7 +603,7 @@ def open_run_folder(settings):
     folder = Path(settings.out)
     if settings.overwrite and is_run(folder):
         shutil.rmtree(folder / "state", ignore_errors=True)
-        for name in (*MODEL_FILES, "log.jsonl"):  # settings.json stays: after a kill here it is still a run
+        for name in (*MODEL_FILES, "log.jsonl", "trace.json"):  # settings.json stays: after a kill here it is still a run
             (folder / name).unlink(missing_ok=True)
     elif folder.exists() and not is_run(folder):
         if not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir()):

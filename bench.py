@@ -165,13 +165,21 @@ def loss_step(kind: str, width: int):
 
 def peak_of(kind: str, width: int) -> float:
     """MiB that one step takes at its peak beyond its inputs, as a fresh process's resident memory shows it."""
-    code = (f"import bench, resource\nbench.torch.set_num_threads({torch.get_num_threads()})\n"
-            f"bench.loss_inputs({width})\n"
-            f"used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            f"before = used(); bench.loss_step({kind!r}, {width}); print(used() - before)")
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # macOS counts bytes, Linux KiB
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              cwd=os.path.dirname(os.path.abspath(__file__))).stdout) / unit
+    code = (f"import bench\nbench.torch.set_num_threads({torch.get_num_threads()})\nbench.loss_inputs({width})\n"
+            f"before = bench.resident_peak(); bench.loss_step({kind!r}, {width})\n"
+            f"print(bench.resident_peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=os.path.dirname(os.path.abspath(__file__)))
+    return int(done.stdout) / 2 ** 20
+
+
+def resident_peak() -> int:
+    """The most bytes that this process has had in memory. (Linux's getrusage includes who started it.)"""
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- what a process holds under FSDP -----------------------------------------------------------------------

@@ -387,3 +387,25 @@ def saved_bytes(kind):
 def test_full_recomputation_keeps_least():
     none, full = saved_bytes("none"), saved_bytes("full")
     assert full < none / 5, "a block's input instead of all that is computed in it"
+
+
+def gradients_with_dropout(kind):
+    torch.manual_seed(0)
+    model = model_for(settings_for())
+    for layer in model.model.layers:  # added from outside, as lora.py will
+        layer.mlp.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.mlp.down_proj)
+        torch.nn.init.normal_(layer.mlp.down_proj[1].weight, std=0.1)
+    parallelize(model.train(), Env(torch.device("cpu"), compute=Compute(activation_checkpointing=kind)))
+    torch.manual_seed(7)
+    loss_sum, _ = next_token_loss(model, Windows(4).at(0))
+    loss_sum.backward()
+    return loss_sum.item(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_recomputation_drops_the_same_activations_again(kind):
+    loss, gradients = gradients_with_dropout(kind)
+    expected_loss, expected = gradients_with_dropout("none")
+    assert loss == expected_loss
+    for gradient, right in zip(gradients, expected):
+        assert torch.equal(gradient, right), "is the random state put back before the block runs again?"

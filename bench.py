@@ -2,10 +2,10 @@
 
     python bench.py                       # all that a CPU can measure; three minutes on two cores
     python bench.py --only training       # one of: training, loss, sharding, gpu
-    torchrun bench.py --only gpu          # MFU at 124 M and 1 B parameters beside transformers', on an NVIDIA GPU
+    python bench.py --only gpu            # MFU at 124 M and 1 B parameters, beside transformers' on that GPU
 
-Peers are test dependencies (requirements-dev.txt). Every figure is a median over alternating rounds; a machine
-that does other work at the same time spoils it. What was measured, and on what: README.md.
+Peers are test dependencies (requirements-dev.txt). Every figure is a median over alternating rounds; a
+machine that does other work at the same time spoils it. What was measured, and on what: README.md.
 """
 import functools
 import gc
@@ -31,7 +31,7 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "gpu", "held"] = "all"  # what to measure; all: but gpu
+    only: Literal["all", "training", "loss", "sharding", "gpu", "held"] = "all"  # all: what needs no GPU
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
 
@@ -43,7 +43,7 @@ def main():
     settings = parse(Settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    measures = {"training": training, "loss": loss, "sharding": sharding, "gpu": gpu, "held": lambda rounds: held_bytes()}
+    measures = {"training": training, "loss": loss, "sharding": sharding, "gpu": gpu, "held": held_bytes}
     chosen = [training, loss, sharding] if settings.only == "all" else [measures[settings.only]]
     for measure in chosen:
         measure(settings.rounds)
@@ -82,12 +82,13 @@ def training(rounds: int):
     tokens = settings.batch_size * settings.seq_len
     flops = estimate_flops(config, settings.seq_len) * tokens
     peaks = {precision: measure_peak(Env(device, precision=precision)) for precision in {"fp32", fastest}}
-    print(f"training step, {count_parameters(config):,} parameters, {tokens:,} tokens, {torch.get_num_threads()} "
-          f"threads; matrix products: " + ", ".join(f"{p} {v / 1e9:,.0f} GFLOP/s" for p, v in peaks.items()))
+    print(f"training step, {count_parameters(config):,} parameters, {tokens:,} tokens, "
+          f"{torch.get_num_threads()} threads; matrix products: "
+          + ", ".join(f"{precision} {peak / 1e9:,.0f} GFLOP/s" for precision, peak in peaks.items()))
     for name, value in seconds.items():
         peak = peaks[fastest if fastest in name else "fp32"]
-        print(f"  {name:<20}{tokens / value:>10,.0f} tokens/s{seconds['transformers'] / value:>7.2f} x transformers"
-              f"{flops / value / peak:>8.0%} of the peak")
+        print(f"  {name:<20}{tokens / value:>10,.0f} tokens/s{seconds['transformers'] / value:>7.2f} x "
+              f"transformers{flops / value / peak:>8.0%} of the peak")
 
 
 def our_step(config, settings, env):
@@ -99,7 +100,8 @@ def our_step(config, settings, env):
 
 
 def random_batch(config, settings, env, rows: int | None = None):
-    ids = torch.randint(config.vocab_size, (rows or settings.batch_size, settings.seq_len + 1), device=env.device)
+    shape = (rows or settings.batch_size, settings.seq_len + 1)
+    ids = torch.randint(config.vocab_size, shape, device=env.device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -164,8 +166,9 @@ def loss_step(kind: str, width: int):
 
 
 def peak_of(kind: str, width: int) -> float:
-    """MiB that one step takes at its peak beyond its inputs, as a fresh process's resident memory shows it."""
-    code = (f"import bench\nbench.torch.set_num_threads({torch.get_num_threads()})\nbench.loss_inputs({width})\n"
+    """MiB of memory that one step takes at its peak beyond its inputs, in a fresh process."""
+    code = (f"import bench\nbench.torch.set_num_threads({torch.get_num_threads()})\n"
+            f"bench.loss_inputs({width})\n"
             f"before = bench.resident_peak(); bench.loss_step({kind!r}, {width})\n"
             f"print(bench.resident_peak() - before)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -190,8 +193,9 @@ def sharding(rounds: int):
     whole = held(1)
     for count in (2, 4):
         share = held(count) / whole
-        print(f"FSDP over {count} processes: each holds {share:.4f} of the {whole / 2 ** 20:.1f} MiB of parameters "
-              f"and moments; 1/{count} is {1 / count:.4f}, the difference {share * count - 1:+.1%}")
+        print(f"FSDP over {count} processes: each holds {share:.4f} of the {whole / 2 ** 20:.1f} MiB of "
+              f"parameters and moments; 1/{count} is {1 / count:.4f}, the difference "
+              f"{share * count - 1:+.1%}")
 
 
 def held(processes: int) -> int:
@@ -204,7 +208,7 @@ def held(processes: int) -> int:
     return max(int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("held"))
 
 
-def held_bytes():
+def held_bytes(rounds: int):
     """Print what this process holds after one step of AdamW under FSDP."""
     settings = train.Settings(optimizer="adamw", lr=1e-3, device="cpu", data_parallel="fsdp", batch_size=16)
     env = setup(settings)
@@ -212,15 +216,15 @@ def held_bytes():
     optimizer = train.make_optimizer(model, settings, None, env.products)
     batch = random_batch(model.config, settings, env, rows=2)
     train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
-    tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
-    print("held", sum(local_part(tensor).nbytes for tensor in tensors))
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    print("held", sum(local_part(tensor).nbytes for tensor in [*model.parameters(), *moments]))
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------
 
 
 def gpu(rounds: int):
-    """MFU at 124 M and 1 B parameters: ours, compiled, in bf16; ours under FSDP; transformers on the same GPU."""
+    """MFU at 124 M and 1 B parameters: ours, compiled, in bf16; under FSDP; transformers'."""
     if not torch.cuda.is_available():
         raise UserError("--only gpu needs an NVIDIA GPU, and there is none that torch can use here")
     for preset, rows in (("124m", 16), ("1b", 4)):
@@ -229,9 +233,10 @@ def gpu(rounds: int):
         config = train.planned_config(settings, 50304)
         flops = estimate_flops(config, settings.seq_len) * rows * settings.seq_len
         print(f"{preset}: {count_parameters(config):,} parameters, {rows} x {settings.seq_len} tokens, "
-              f"{torch.cuda.get_device_name()}; matrix products: {env.peak_flops / 1e12:,.0f} TFLOP/s measured")
-        for name, make in (("ours", gpu_step), ("ours, FSDP", functools.partial(gpu_step, data_parallel="fsdp")),
-                           ("transformers", gpu_peer)):
+              f"{torch.cuda.get_device_name()}; matrix products: {env.peak_flops / 1e12:,.0f} TFLOP/s "
+              "measured")
+        under_fsdp = functools.partial(gpu_step, data_parallel="fsdp")
+        for name, make in (("ours", gpu_step), ("FSDP", under_fsdp), ("transformers", gpu_peer)):
             seconds = alternate(rounds, **{name: make(preset, config, rows)})[name]
             print(f"  {name:<14}{rows * settings.seq_len / seconds:>10,.0f} tokens/s, "
                   f"MFU {flops / seconds / env.peak_flops:.1%}, "

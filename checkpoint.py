@@ -200,8 +200,9 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
 
     eos_token: the special token at which generation ends; recorded where the tokenizer has it.
     tensors: the weights, where others than the model's own are to be written (see write_tensors): those of a
-    model that lies in parts, say; default model.state_dict(). Other files in the folder stay. All is written beside the old files first, so a full disk loses nothing; then config.json
-    goes first and comes last, so a folder that has one is whole.
+    model that lies in parts, say; default model.state_dict(). Other files in the folder stay. All is written
+    beside the old files first, so a full disk loses nothing; then config.json goes first and comes last, so a
+    folder that has one is whole.
     """
     assert isinstance(model, Transformer), f"save the Transformer, not the {type(model).__name__} around it"
     folder = Path(folder)
@@ -426,8 +427,9 @@ def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], e
 
     tensors: {group: {name: tensor}}, such as "model" and "optimizer", each as in write_tensors. extra: what
     JSON can hold (tuples become lists). also_keep: steps of older states that stay. beside(folder) may write
-    more into the state's folder: what makes it a model folder, say. At any moment, a kill or a full disk leaves a state that was there before, or the new one.
-    Later steps that lie in the folder are removed: whoever saves this step has gone back behind them.
+    more into the state's folder: what makes it a model folder, say. At any moment, a kill or a full disk
+    leaves a state that was there before, or the new one. Later steps that lie in the folder are removed:
+    whoever saves this step has gone back behind them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -385,7 +385,7 @@ def open_whole(path, mode="wb"):
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None and error.errno:  # write() does not say which
+        if isinstance(error, OSError) and error.filename is None and error.errno:  # write() does not say
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

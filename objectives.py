@@ -58,7 +58,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") without ever holding all logits.
 
     hidden (N, C), weight (V, C), targets (N,), -100 for none -> the sum in nats, float32 or better. A weight
-    that tensor parallelism has cut into rows of the vocabulary stays so: each process computes its own logits.
+    that tensor parallelism has cut into rows of the vocabulary stays so: each process has its own logits.
     """
     group, first = None, 0
     if isinstance(weight, DTensor):
@@ -121,8 +121,8 @@ def rows_loss(logits: Tensor, targets: Tensor, group=None, first: int = 0) -> tu
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid = (targets != IGNORE)[:, None]  # (rows, 1)
-    here = valid if group is None else valid & ((targets >= first) & (targets < first + logits.size(1)))[:, None]
     target = (targets[:, None] - first).clamp(0, logits.size(1) - 1)
+    here = valid if group is None else valid & (target + first == targets[:, None])
     top = logits.amax(dim=1, keepdim=True)
     of_target = logits.gather(1, target) * here
     if group is not None:

@@ -63,7 +63,8 @@ class Muon(torch.optim.Optimizer):
     products that find U Vᵀ.
 
     Unlike torch.optim.Muon: float32 where that is not asked for, as a CPU without bfloat16 instructions is a
-    hundred times slower in it; matrices of one shape are one batch; weights may be DTensors; one object serves all.
+    hundred times slower in it; matrices of one shape are one batch; weights may be DTensors; one object
+    serves all.
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, dtype: torch.dtype = torch.float32):

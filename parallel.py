@@ -13,10 +13,10 @@ Every layout gives the losses of one process (tests/test_parallel.py): what diff
 
     axis        its processes hold             what they send
     replicate   the same weights               gradients, once a step (DDP; Li et al. 2020)
-    shard       each a part of every tensor    weights before a block, gradients after it (ZeRO; Rajbhandari et
-                                               al. 2020; FSDP; Zhao et al. 2023)
-    tensor      each some heads and columns    activations, twice a block (Shoeybi et al. 2019), and in between
-                                               each some positions (sequence parallel; Korthikanti et al. 2022)
+    shard       each a part of every tensor    weights before a block, gradients after it (ZeRO; Rajbhandari
+                                               et al. 2020; FSDP; Zhao et al. 2023)
+    tensor      each some heads and columns    activations, twice a block (Shoeybi et al. 2019); in between
+                                               each has some positions (Korthikanti et al. 2022)
 """
 import contextlib
 import functools
@@ -58,13 +58,13 @@ class Compute:
                                                            # parts within groups of shard_size
     shard_size: int | None = None  # hsdp: processes that share one copy of the weights; none: a machine's
     tensor_parallel: int = 1  # processes that share each matrix product; seq_len and heads: multiples of it
-    reshard: bool = True  # fsdp, hsdp: free a block's weights after its forward pass and gather them again for
+    reshard: bool = True  # fsdp, hsdp: free a block's weights after its forward pass, gather them again for
                           # the backward one (ZeRO-3); --no-reshard keeps them in between (ZeRO-2)
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients are added up over processes
     activation_checkpointing: Literal["none", "full", "selective"] = "none"  # recompute in the backward pass:
         # a whole block (least memory, a third more time), or all but its matrix products and its attention
     checkpoint_every: int = 1  # recompute in every k-th block only
-    timeout_minutes: float = 10.0  # a process that keeps the others waiting longer ends the run, with a message
+    timeout_minutes: float = 10.0  # a process that keeps the others waiting longer ends the run
 
     def check_compute(self):
         """Raise UserError where one of these is out of range."""
@@ -197,8 +197,8 @@ def join(env: Env, timeout_minutes: float):
     if not dist.is_initialized():
         backend = "nccl" if env.device.type == "cuda" else "gloo"
         if backend == "nccl" and not dist.is_nccl_available():
-            raise UserError("several GPUs need NCCL, which this torch lacks (it is built for Linux only); run one "
-                            "process, or pass --device cpu")
+            raise UserError("several GPUs need NCCL, which this torch lacks (it is built for Linux only); "
+                            "run one process, or pass --device cpu")
         dist.init_process_group(backend, store=meeting_place(), rank=env.rank, world_size=env.world_size,
                                 timeout=timedelta(minutes=timeout_minutes))
     env.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
@@ -210,7 +210,8 @@ def meeting_place() -> dist.Store | None:
         return dist.HashStore()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    # torchrun's own store outlives a restart, and with it the addresses of processes that are gone (torch 2.13)
+    # torchrun's own store outlives a restart, and with it the addresses of processes that are gone (torch
+    # 2.13)
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
@@ -229,8 +230,8 @@ def mesh_sizes(settings: Compute, world_size: int) -> tuple[int, int, int]:
     """How many replicas, shards and tensor-parallel processes; UserError where they do not divide."""
     tensor = settings.tensor_parallel
     if world_size % tensor:
-        raise UserError(f"--tensor_parallel {tensor} does not divide the {world_size} process(es); start torchrun "
-                        f"with --nproc-per-node a multiple of it")
+        raise UserError(f"--tensor_parallel {tensor} does not divide the {world_size} process(es); start "
+                        f"torchrun with --nproc-per-node a multiple of it")
     data = world_size // tensor
     if settings.data_parallel == "ddp":
         return data, 1, tensor
@@ -238,8 +239,8 @@ def mesh_sizes(settings: Compute, world_size: int) -> tuple[int, int, int]:
         return 1, data, tensor
     shards = settings.shard_size or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) // tensor)
     if data % shards:
-        raise UserError(f"--shard_size {shards} does not divide the {data} data-parallel process(es); choose a "
-                        f"divisor, or --data_parallel fsdp")
+        raise UserError(f"--shard_size {shards} does not divide the {data} data-parallel process(es); choose "
+                        f"a divisor, or --data_parallel fsdp")
     return data // shards, shards, tensor
 
 
@@ -259,8 +260,8 @@ def choose_device(wanted: str, world_size: int = 1) -> torch.device:
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """The precision of matrix products and why; for `--precision auto` the fastest that needs no care."""
     if wanted == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8):
-        raise UserError("--precision tf32 is a format of NVIDIA GPUs since Ampere, and there is none here; pass "
-                        "--precision fp32")
+        raise UserError("--precision tf32 is a format of NVIDIA GPUs since Ampere, and there is none here; "
+                        "pass --precision fp32")
     if wanted != "auto":
         return wanted, "as asked"
     if device.type == "cuda":
@@ -335,7 +336,7 @@ def parallelize(model: nn.Module, env: Env) -> nn.Module:
 
 
 def mean_in_bf16(state, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A hook for DDP: half the bytes to send. (torch's own bf16_compress_hook wants NCCL; this one takes gloo.)"""
+    """A hook for DDP: half the bytes to send. (Unlike torch's bf16_compress_hook it takes gloo, too.)"""
     halved = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
     sent = dist.all_reduce(halved, async_op=True).get_future()
     return sent.then(lambda done: bucket.buffer().copy_(done.value()[0]))
@@ -386,23 +387,24 @@ def check_layout(model: nn.Module, env: Env):
         assert isinstance(config, ModelConfig), "tensor parallelism knows the Transformer of model.py only"
         for name in ("n_heads", "n_kv_heads", "ffn_dim"):
             if getattr(config, name) % n:
-                raise UserError(f"--tensor_parallel {n} does not divide {name} {getattr(config, name)} of this "
-                                f"model; choose a divisor")
+                raise UserError(f"--tensor_parallel {n} does not divide {name} {getattr(config, name)} of "
+                                f"this model; choose a divisor")
     shards = env.mesh["shard"].size()
     for name, p in model.named_parameters():
         if p.size(0) // (n if p.dim() > 1 else 1) < shards:
             raise UserError(f"{shards} shards are more than {name} has rows ({p.size(0)}"
-                            f"{f' over {n} tensor-parallel processes' if n > 1 else ''}); pass --data_parallel "
-                            f"hsdp with a smaller --shard_size, or start fewer processes")
+                            f"{f' over {n} tensor-parallel processes' if n > 1 else ''}); pass "
+                            f"--data_parallel hsdp with a smaller --shard_size, or start fewer processes")
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh):
     """Cut the matrices of the blocks, embedding and head over the processes of `mesh`, activations with them.
 
     Columns of the first matrix of a pair (q, k, v; gate, up), rows of the second (o; down): in between each
-    process has its own heads, and its own part of the MLP. Between the pairs, where norms and sums work on each
-    position for itself, each has its own positions, Shard(1) of (B, T, C). Embedding and head are cut by rows
-    of the vocabulary, so that one tied matrix serves both; objectives.py finishes the loss from such parts.
+    process has its own heads, and its own part of the MLP. Between the pairs, where norms and sums work on
+    each position for itself, each has its own positions, Shard(1) of (B, T, C). Embedding and head are cut by
+    rows of the vocabulary, so that one tied matrix serves both; objectives.py finishes the loss from such
+    parts.
     """
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     positions, whole = Shard(1), Replicate()
@@ -414,11 +416,13 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh):
     block = {
         "input_layernorm": SequenceParallel(use_local_output=True),
         "self_attn": PrepareModuleInput(input_layouts=(positions, None, None, None),
-                                        desired_input_layouts=(whole, None, None, None), use_local_output=True),
+                                        desired_input_layouts=(whole, None, None, None),
+                                        use_local_output=True),
         "self_attn.q_proj": ColwiseParallel(), "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(), "self_attn.o_proj": RowwiseParallel(output_layouts=positions),
         "post_attention_layernorm": SequenceParallel(use_local_output=True),
-        "mlp": PrepareModuleInput(input_layouts=positions, desired_input_layouts=whole, use_local_output=True),
+        "mlp": PrepareModuleInput(input_layouts=positions, desired_input_layouts=whole,
+                                  use_local_output=True),
         "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=positions)}
     if model.config.qk_norm:  # (B, T, H, D): one weight for all heads, which are spread over processes
@@ -464,8 +468,8 @@ def keep_products():
 def shard(root: Root, env: Env):
     """FSDP: each process keeps a part of every parameter; a block is whole only while it is at work.
 
-    What is in no block (embedding, final norm, head, tied or not) is one more group, the root's, whole from the
-    beginning of a forward pass to the end of its backward.
+    What is in no block (embedding, final norm, head, tied or not) is one more group, the root's, whole from
+    the beginning of a forward pass to the end of its backward.
     """
     both = env.mesh["replicate"].size() > 1
     dtype = COMPUTE_DTYPES[env.precision]
@@ -493,8 +497,8 @@ def own_part(whole: Tensor, of: Tensor) -> Tensor:
 def part_at(whole: Tensor, of: DTensor, place: list[int]) -> Tensor:
     """The part of `whole` that the process at this place of the mesh holds.
 
-    Tensor parallelism cuts first, by rows or columns, then FSDP cuts what is left by rows; each as torch.chunk
-    does: n parts of ceil(size / n), the last ones smaller or empty.
+    Tensor parallelism cuts first, by rows or columns, then FSDP cuts what is left by rows; each as
+    torch.chunk does: n parts of ceil(size / n), the last ones smaller or empty.
     """
     for axis in reversed(range(of.device_mesh.ndim)):  # the innermost axis, tensor, cuts first
         placement = of.placements[axis]

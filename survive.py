@@ -4,8 +4,8 @@ The state of a run is its weights, the optimizer's moments and a few numbers; ba
 from (seed, step). It is stored whole, whatever the number and layout of the processes that write or read it:
 
     save     each process copies its parts into the CPU's memory (that alone stops training), then a thread of
-             process 0 asks the others' for them, one tensor at a time, and writes. checkpoint.py sees to it that
-             a state on the disk is whole or absent, and bears checksums.
+             process 0 asks the others' for them, one tensor at a time, and writes. checkpoint.py sees to it
+             that a state on the disk is whole or absent, and bears checksums.
     load     each process maps the files and copies its own parts out of them.
 
 A step whose loss or gradient is not finite, or whose loss jumps (`spike_limit`), never touches a weight: it
@@ -60,9 +60,9 @@ class LossScale:
     """The factor that lifts fp16 gradients off zero (Micikevicius et al. 2018, section 3.2), kept by trial.
 
     Halved when a step's gradients overflow, doubled after `patience` steps in which none did. Unlike torch's
-    GradScaler it needs no pass over the gradients and no message between processes: the loop divides by it where
-    it divides by the count, and the global norm, equal on all, says whether there was an overflow. It begins
-    lower than GradScaler's 65,536, as it lifts the gradient of a sum over tokens, not of their mean.
+    GradScaler it needs no pass over the gradients and no message between processes: the loop divides by it
+    where it divides by the count, and the global norm, equal on all, says whether there was an overflow. It
+    begins lower than GradScaler's 65,536, as it lifts the gradient of a sum over tokens, not of their mean.
     """
 
     def __init__(self, scale: float = 2.0 ** 10, patience: int = 1000):
@@ -154,15 +154,19 @@ def together(write: Callable[[], None], tensors: list[dict[str, Parted]], rank: 
 
 def save_whole(model: nn.Module, tokenizer, folder: Path, env: Env):
     """checkpoint.save_model, for a model that may lie in parts."""
-    tensors = {name: Parted(p, env.patient) for name, p in model.named_parameters()}  # a tied head has one name
-    env.each(lambda: together(lambda: save_model(model, tokenizer, folder, tensors=tensors), [tensors], env.rank))
+    tensors = {name: Parted(p, env.patient) for name, p in model.named_parameters()}  # a tied head: one name
+
+    def write():
+        save_model(model, tokenizer, folder, tensors=tensors)
+    env.each(lambda: together(write, [tensors], env.rank))
 
 
 class Run:
     """What a training run is, and what of it a state on the disk holds; `save` writes in the background.
 
-    Beside the tensors a state holds: step (how many are done), skipped_windows (of the data, after rollbacks),
-    rollbacks, losses (of the last 100 steps), best_loss, best_step (by held-out loss), and the loss scale.
+    Beside the tensors a state holds: step (how many are done), skipped_windows (of the data, after
+    rollbacks), rollbacks, losses (of the last 100 steps), best_loss, best_step (by held-out loss), and the
+    loss scale.
     """
     NUMBERS = ("skipped_windows", "rollbacks", "losses", "best_loss", "best_step")
 
@@ -177,7 +181,7 @@ class Run:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if env.world_size > 1 else None
 
     def save(self, log):
-        """Begin to write this moment's state; training waits only for a copy in memory, and the last state."""
+        """Begin to write this moment's state; training waits for a copy in memory, and the last state."""
         began = time.perf_counter()
         self.wait()
         self.env.first(log.sync)  # first: a state must never know of a step that the log has lost
@@ -186,7 +190,8 @@ class Run:
         tensors = {group: {name: Parted(tensor, self.group, local_part(tensor).detach().cpu().clone())
                            for name, tensor in named.items()}
                    for group, named in named_tensors(self.model, self.optimizer).items()}
-        self.thread = threading.Thread(target=self.write, args=(self.step, tensors, extra))
+        # daemon: where the run ends in an error, half a state is no reason to stay
+        self.thread = threading.Thread(target=self.write, args=(self.step, tensors, extra), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
 
@@ -213,7 +218,7 @@ class Run:
                 raise error or SystemExit(2)
 
     def news(self) -> dict:
-        """What the log should tell: for how long the last save stopped training, and how often it went back."""
+        """For the log: how long the last save stopped training, and how often the run went back."""
         line = {} if self.stall is None else {"save_stall_seconds": round(self.stall, 4)}
         self.stall = None
         return line | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
@@ -246,7 +251,8 @@ class Run:
 def named_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
     """{"model": weights, "optimizer": moments}, by name; a tied head has one name, and is written once."""
     names = {p: name for name, p in model.named_parameters()}
-    moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{names[p]}.{key}": value
+               for p, state in optimizer.state.items() for key, value in state.items()}
     return {"model": {name: p for p, name in names.items()}, "optimizer": moments}
 
 
@@ -270,7 +276,7 @@ def newest_state(folder: Path, env: Env) -> tuple[int, dict, dict] | None:
 
 
 def laid_out(whole: Tensor, p: Tensor) -> Tensor:
-    """A moment of parameter p: where it has p's shape this process's part, laid out as p is; else all of it."""
+    """A moment of parameter p: laid out as p is, where it has p's shape; else all of it."""
     if whole.shape != p.shape:
         return whole.clone().to(p.device)
     moment = torch.empty_like(p, dtype=whole.dtype, requires_grad=False)
@@ -338,8 +344,8 @@ def lost_process(error: RuntimeError, env: Env, minutes: float) -> UserError | N
     text = str(error)
     if not re.search(r"gloo|nccl|NCCL|[Tt]imed out|Connection (closed|reset)", text):
         return None
-    hangs = re.search(r"[Tt]imed out|[Tt]imeout", text)
-    what = f"another process did not answer for {minutes:g} minutes (--timeout_minutes): it hangs" if hangs else \
-        "the connection to another process is lost: it ended, see its message"
-    return UserError(f"process {env.rank} of {env.world_size}: {what}. The same command goes on from the last "
-                     f"state; torchrun --max-restarts 3 does so by itself")
+    what = "the connection to another process is lost: it ended, see its message"
+    if re.search(r"[Tt]imed out|[Tt]imeout", text):
+        what = f"another process did not answer for {minutes:g} minutes (--timeout_minutes): it hangs"
+    return UserError(f"process {env.rank} of {env.world_size}: {what}. The same command goes on from the "
+                     f"last state; torchrun --max-restarts 3 does so by itself")

@@ -75,12 +75,12 @@ class Settings(Compute):
     qk_norm: bool = True  # normalise queries and keys (the folder is then a Qwen3's, else a Llama's)
     tie_embeddings: bool = False  # one matrix for embedding and head
 
-    init_from: str | None = None  # go on from this model folder, on other data; the sizes above are then its own
+    init_from: str | None = None  # go on from this model folder, on other data; the sizes are then its own
     replay: str | None = None  # token shards of the old text, against forgetting: a share of the windows
-    replay_share: float = 0.05  # that share; 0: the old text is only watched, its held-out loss beside the new's
+    replay_share: float = 0.05  # that share; 0: of the old text only the held-out loss is watched
 
-    objective: Literal["next_token", "prefix", "fim"] = "next_token"  # predict the next token; only those after a
-        # prefix that sees itself whole; the next token of text whose middle stands at its end
+    objective: Literal["next_token", "prefix", "fim"] = "next_token"  # predict the next token; only those
+        # after a prefix that sees itself whole; the next token of text whose middle stands at its end
     fim_rate: float = 0.5  # fim: share of the documents so rearranged
     fim_spm_rate: float = 0.5  # fim: share of those in the order suffix, prefix, middle
     fim_cut: Literal["characters", "tokens"] = "characters"  # fim: where a document may be cut
@@ -92,8 +92,8 @@ class Settings(Compute):
     batch_start: int | None = None  # windows of the first step, growing to batch_size; none: batch_size
     ramp_tokens: int = 0  # over so many tokens (GPT-3: 32 K tokens a step to 3.2 M over 12 billion)
     steps: int | None = None  # updates
-    optimizer: Literal["muon", "adamw", "adafactor"] = "muon"  # muon: for the matrices inside blocks; the rest is
-                                                               # then AdamW's
+    optimizer: Literal["muon", "adamw", "adafactor"] = "muon"  # muon: for the matrices inside blocks; the
+                                                               # rest is then AdamW's
     lr: float | None = None  # peak learning rate of those matrices (Muon; about 3e-3 for the others)
     adam_lr: float | None = None  # peak learning rate of embedding, head and norms
     schedule: Literal["linear", "cosine", "inverse_sqrt", "wsd"] = "linear"  # of the rate, after the warm-up
@@ -105,8 +105,8 @@ class Settings(Compute):
     eps: float = 1e-8  # of AdamW
     clip: float = 1.0  # bound of the global gradient norm; 0: none
     bigram_steps: int | None = None  # steps that first fit embedding and head to the counted bigrams; 0: none
-    spike: float = 20.0  # a loss so many deviations above the median of the last 100 steps' rolls the run back; 0:
-                         # no loss does, unless it is not finite
+    spike: float = 20.0  # a loss so many deviations above the median of the last 100 steps' rolls the run
+                         # back; 0: no loss does, unless it is not finite
     max_rollbacks: int = 5  # give up after so many
     seed: int = 0
 
@@ -134,11 +134,11 @@ class Settings(Compute):
         """Raise UserError where what belongs to the model of --init_from is asked for otherwise."""
         given = [name for name in SHAPE if getattr(self, name) is not None]
         if self.init_from and given:
-            raise UserError(f"--{given[0]} {getattr(self, given[0])} and --init_from {self.init_from}: the sizes "
-                            f"are that model's; leave --{given[0]} out")
+            raise UserError(f"--{given[0]} {getattr(self, given[0])} and --init_from {self.init_from}: the "
+                            f"sizes are that model's; leave --{given[0]} out")
         if self.init_from and self.bigram_steps:
-            raise UserError(f"--bigram_steps {self.bigram_steps} would write over the embedding of --init_from "
-                            f"{self.init_from}; leave it out")
+            raise UserError(f"--bigram_steps {self.bigram_steps} would write over the embedding of "
+                            f"--init_from {self.init_from}; leave it out")
         if self.init_from:
             self.bigram_steps = 0
         if self.replay and not self.init_from:
@@ -159,13 +159,13 @@ class Settings(Compute):
             raise UserError(f"seq_len {self.seq_len} exceeds max_seq_len {self.max_seq_len} of this model; "
                             f"pass a shorter --seq_len or a larger --max_seq_len")
         if self.batch_size % self.batch_start:
-            raise UserError(f"batch_start {self.batch_start} does not divide batch_size {self.batch_size}; the "
-                            f"batch grows in steps of it")
+            raise UserError(f"batch_start {self.batch_start} does not divide batch_size {self.batch_size}; "
+                            f"the batch grows in steps of it")
         if self.batch_start < self.batch_size and not self.ramp_tokens:
-            raise UserError(f"batch_start {self.batch_start} needs --ramp_tokens: over how many tokens it grows")
+            raise UserError(f"batch_start {self.batch_start} needs --ramp_tokens: over how many it grows")
         if self.seq_len % self.tensor_parallel:
-            raise UserError(f"--tensor_parallel {self.tensor_parallel} does not divide seq_len {self.seq_len}; "
-                            f"between blocks each process has its own positions")
+            raise UserError(f"--tensor_parallel {self.tensor_parallel} does not divide seq_len "
+                            f"{self.seq_len}; between blocks each process has its own positions")
 
 
 # What belongs to the model, and comes with it from --init_from
@@ -187,10 +187,11 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
 
     Gradients of the sums are added up, over micro-batches and then over processes, and divided once by the
     count of all targets: the gradient of the mean, however the targets are spread. loss is in nats a target;
-    grad_norm is the global norm before clipping. With a `scaler` (a LossScale, for fp16) a step whose gradients
-    overflow is skipped, on every process alike.
+    grad_norm is the global norm before clipping. With a `scaler` (a LossScale, for fp16) a step whose
+    gradients overflow is skipped, on every process alike.
 
-    Raises BadStep where loss or gradient is not finite, or the loss above `limit`, before a weight is touched.
+    Raises BadStep where loss or gradient is not finite, or the loss above `limit`, before a weight is
+    touched.
     """
     optimizer.zero_grad()
     totals = torch.zeros(2, dtype=torch.float64, device=env.scalar_device)
@@ -202,7 +203,8 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
     loss_sum, count = env.sum_over_data(totals).tolist()
     loss = loss_sum / max(count, 1)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    mean = env.data_world_size / max(count, 1) / (scaler.scale if scaler else 1)  # torch has averaged over copies
+    # torch has averaged over the parts of the batch
+    mean = env.data_world_size / max(count, 1) / (scaler.scale if scaler else 1)
     torch._foreach_mul_(gradients, mean)
     norm = clip(gradients, settings.clip)
     overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm) and scaler.scale >= 1
@@ -227,7 +229,9 @@ def marked(items):
 
 
 def clip(gradients: list, bound: float) -> float:
-    """The global norm of the gradients, over all processes' parts; then they are scaled down to `bound`, if any.
+    """The global norm of the gradients, over all processes' parts; they are then scaled down to `bound`.
+
+    bound: 0 for none.
     """
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -237,14 +241,14 @@ def clip(gradients: list, bound: float) -> float:
 
 
 def refuse_bad(loss: float, norm: float, limit: float, lr: float):
-    """Raise BadStep unless loss and gradient norm, which are equal on every process, are as they should be."""
+    """Raise BadStep unless loss and gradient norm, equal on every process, are as they should be."""
     if not math.isfinite(loss) or not math.isfinite(norm):
         what = "gradient" if math.isfinite(loss) else "loss"
         raise BadStep(f"{what} is not finite at lr {lr:.2e}; no weight was touched. "
                       f"A lower --lr or more --warmup_steps may help")
     if loss > limit:
-        raise BadStep(f"loss {loss:.3f} is a spike, above {limit:.3f}, at lr {lr:.2e}; no weight was touched. "
-                      f"A lower --lr, or a larger --spike if such losses are right, may help")
+        raise BadStep(f"loss {loss:.3f} is a spike, above {limit:.3f}, at lr {lr:.2e}; no weight was "
+                      f"touched. A lower --lr, or a larger --spike if such losses are right, may help")
 
 
 @torch.no_grad()
@@ -285,18 +289,10 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
     not FREE; a state of another run is refused.
     """
     env = env or setup(settings)
-    folder = Path(settings.out)
-    model = parallelize(model.train(), env)
-    optimizer = make_optimizer(model, settings, env.say, env.products)
-    validation = validation if isinstance(validation, dict) else {"": validation} if validation else {}
-    identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | (corpus or {})
-    run = Run(folder, model, tokenizer, optimizer, env, identity)
-    log = Log()
-    with contextlib.closing(log), stop_signals() as stop, Profile(folder, settings.profile, env) as profile:
-        run.load()
-        env.first(lambda: log.open(folder, run.step, settings))
-        if run.step == 0:
-            run.save(log)  # so that there always is a state to go back to
+    validation = {"": validation} if validation and not isinstance(validation, dict) else validation
+    run, log = begin(model, settings, env, tokenizer, corpus or {})
+    profiling = Profile(run.folder, settings.profile, env)
+    with contextlib.closing(log), stop_signals() as stop, profiling as profile:
         with progress_bar(run.step, settings.steps, env) as progress:
             while run.step < settings.steps:
                 try:
@@ -314,14 +310,28 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
                 progress.update()
                 if last or stopping or best or is_multiple(run.step, settings.save_every):
                     run.save(log)
-                if stopping and not last:
+                if stopping:
                     break
         run.wait()
         if run.step < settings.steps:
             stop.exit(f"stopped after step {run.step} of {settings.steps}; the same command"
                       f"{' without --overwrite' * settings.overwrite} goes on from there", env)
-    save_whole(model, tokenizer, folder, env)
+    save_whole(run.model, tokenizer, run.folder, env)
     return log.last
+
+
+def begin(model, settings, env, tokenizer, corpus: dict) -> tuple[Run, Log]:
+    """The run of these settings, at the newest state in settings.out or before its first step; and its log."""
+    model = parallelize(model.train(), env)
+    optimizer = make_optimizer(model, settings, env.say, env.products)
+    identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | corpus
+    run = Run(Path(settings.out), model, tokenizer, optimizer, env, identity)
+    run.load()
+    log = Log()
+    env.first(lambda: log.open(run.folder, run.step, settings))
+    if run.step == 0:
+        run.save(log)  # so that there always is a state to go back to
+    return run, log
 
 
 def one_step(run: Run, batches, loss_fn, settings, env) -> dict:
@@ -350,16 +360,16 @@ def one_step(run: Run, batches, loss_fn, settings, env) -> dict:
 
 
 def go_back(problem: BadStep, run: Run, settings, env, log):
-    """Return to the last state, and pass over the batches since then; raise `problem` once it is too often."""
+    """Return to the last state, and pass over the batches since then; raise once it is too often."""
     step, skipped, rollbacks = run.step, run.skipped_windows, run.rollbacks + 1
+    run.wait()
     if rollbacks > settings.max_rollbacks:
         raise UserError(f"step {step + 1}: {problem} (given up after {settings.max_rollbacks} rollbacks)")
-    run.wait()
     run.load()
     windows = windows_before(step + 1, settings) - windows_before(run.step, settings)
     run.skipped_windows, run.rollbacks = skipped + windows, rollbacks
-    env.say(f"step {step + 1}: {problem}. Back to step {run.step}; the {windows} windows since then are passed over "
-            f"(rollback {rollbacks} of {settings.max_rollbacks})")
+    env.say(f"step {step + 1}: {problem}. Back to step {run.step}; the {windows} windows since then are "
+            f"passed over (rollback {rollbacks} of {settings.max_rollbacks})")
     env.first(lambda: log.open(Path(settings.out), run.step, settings))
 
 
@@ -515,6 +525,8 @@ def pretrain(settings: Settings, env: Env):
     if settings.bigram_steps and not states(Path(settings.out) / "state"):
         env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps))
     corpus = {"vocab_size": model.config.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
+    if settings.replay:
+        corpus["old train.bin"] = batches.old.meta["train"]["sha256"]
     loss_fn = functools.partial(next_token_loss, chunked=settings.chunked_loss)
     last = train(model, with_objective(batches, tokenizer, settings), loss_fn, settings, env, tokenizer,
                  validation, corpus)
@@ -561,11 +573,11 @@ def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Toke
     model, own = load_model(settings.init_from)
     if own is None or own.fingerprint not in (tokenizer.fingerprint, with_fim_tokens(tokenizer).fingerprint):
         raise UserError(f"the shards in {settings.data} were made with another tokenizer than that of "
-                        f"{settings.init_from}; make them anew: python data.py --tokenizer {settings.init_from} "
-                        f"--out {settings.data} --overwrite, with the --input of then")
+                        f"{settings.init_from}; make them anew: python data.py --tokenizer "
+                        f"{settings.init_from} --out {settings.data} --overwrite, with the --input of then")
     if settings.objective == "fim" and own.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{settings.init_from} knows no tokens for infilling; train it with --objective fim from "
-                        f"the start")
+        raise UserError(f"{settings.init_from} knows no tokens for infilling; train it with --objective fim "
+                        f"from the start")
     if settings.seq_len > model.config.max_seq_len:
         raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
                         f"{settings.init_from}; pass a shorter --seq_len")
@@ -573,7 +585,7 @@ def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Toke
 
 
 def planned_config(settings: Settings, vocab_size: int | None = None) -> ModelConfig:
-    """The ModelConfig that the settings describe; without a vocabulary's size: that of the shards, else 4096."""
+    """The ModelConfig that the settings describe; vocab_size: default the shards', or 4096 without any."""
     if settings.init_from:
         return model_config(Path(settings.init_from) / "config.json")
     if vocab_size is None:
@@ -603,7 +615,8 @@ def open_run_folder(settings):
     folder = Path(settings.out)
     if settings.overwrite and is_run(folder):
         shutil.rmtree(folder / "state", ignore_errors=True)
-        for name in (*MODEL_FILES, "log.jsonl", "trace.json"):  # settings.json stays: after a kill here it is still a run
+        # settings.json stays: after a kill here it is still a run
+        for name in (*MODEL_FILES, "log.jsonl", "trace.json"):
             (folder / name).unlink(missing_ok=True)
     elif folder.exists() and not is_run(folder):
         if not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir()):

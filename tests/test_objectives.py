@@ -541,6 +541,30 @@ def test_a_model_learns_to_fill_in_what_only_the_suffix_tells():
     assert result["left to right"]["begins"] <= 1 / 8 and result["left to right"]["bits_per_byte"] > 2.9
 
 
+@pytest.mark.slow
+def test_random_cuts_teach_where_to_go_on_and_where_to_stop():
+    """Texts are pieces of the alphabet, over and over: the prefix says what comes, the suffix how much."""
+    torch.manual_seed(0)
+    letters, generator = "abcdefghijklmnopqrstuvwxyz" * 3, np.random.default_rng(0)
+    model = Transformer(ModelConfig(FIM.vocab_size, dim=64, n_layers=2, n_heads=2, max_seq_len=64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(1300):
+        starts, lengths = generator.integers(26, size=16), generator.integers(8, 30, size=16)
+        rows = [[*FIM.encode(letters[i:i + n]), END] for i, n in zip(starts, lengths)]
+        loss_sum, count = next_token_loss(model, fill_in(rows, 40, seed=step, rate=0.9).at(0))
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (1 - step / 1300)
+        optimizer.zero_grad()
+        (loss_sum / count).backward()
+        optimizer.step()
+    texts = [(letters[i:i + a], letters[i + a:i + a + b], letters[i + a + b:i + a + b + 8])
+             for i, a, b in generator.integers((0, 1, 1), (26, 8, 6), size=(200, 3))]
+    for spm in (False, True):
+        prompts = [arrange(FIM.encode(before), [], FIM.encode(after), spm, FIM)
+                   for before, _, after in texts]
+        result = objectives.scores(model, FIM, prompts, [middle for _, middle, _ in texts], 8, 100)
+        assert result["exact"] > 0.8, f"SPM {spm}: {result}"
+
+
 # ---- As a command ------------------------------------------------------------------------------------------
 
 

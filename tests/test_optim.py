@@ -551,7 +551,8 @@ def a_process(rank, processes, store, results):
         dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank,
                                 world_size=processes)
         found, batches, plain = {}, [], optim.orthogonalize
-        optim.orthogonalize = lambda matrices, **kw: batches.append(tuple(matrices.shape)) or plain(matrices, **kw)
+        optim.orthogonalize = lambda matrices, **dtype: (batches.append(tuple(matrices.shape))
+                                                         or plain(matrices, **dtype))
         optim.WHOLE_AT_ONCE = 60  # so five matrices of 10 x 6 are taken in two or three parts
         for layout in LAYOUTS[processes]:
             for name in OPTIMIZERS:

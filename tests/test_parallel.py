@@ -5,7 +5,6 @@ import os
 import queue as queues
 import random
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -54,11 +53,12 @@ def settings_for(**changes):
 
 def model_for(settings, seed=0):
     torch.manual_seed(seed)
+    # 51: ragged shards
     model = Transformer(ModelConfig(vocab_size=51, dim=settings.dim, n_layers=2, n_heads=4, n_kv_heads=2,
-                                    qk_norm=True, tie_embeddings=settings.tie_embeddings))  # 51: ragged shards
+                                    qk_norm=True, tie_embeddings=settings.tie_embeddings))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
     if not settings.tie_embeddings:
-        torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # a zero head would pass no gradient to the blocks
+        torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # a zero head would pass on no gradient
     return model
 
 
@@ -77,7 +77,7 @@ class Windows:
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(51, (17,), generator=generator)
         targets = ids[1:].clone()
-        targets[torch.rand(16, generator=generator) < number % 8 / 8] = -100  # some have all targets, some few
+        targets[torch.rand(16, generator=generator) < number % 8 / 8] = -100  # some have all, some few
         if number % 8 == 7:
             targets[:] = -100
         return ids[:-1], targets
@@ -161,8 +161,8 @@ def check_parity(names, variants, optimizers=("muon",)):
                 where = f"{layout}, {variant}, {optimizer}, process {rank}"
                 assert isinstance(figures, list), f"{where}: {figures}"
                 for step, (a, b) in enumerate(zip(figures, expected, strict=True)):
-                    # the bound; float32 sums in another order give 1e-7, Adam's division a little more
-                    assert a == pytest.approx(b, rel=1e-4), f"{where}: step {step + 1} has {a}, one process {b}"
+                    # the bound; float32 sums in another order give 1e-7, Adam's division a bit more
+                    assert a == pytest.approx(b, rel=1e-4), f"{where}, step {step + 1}: {a}, one process {b}"
 
 
 def test_two_processes_in_every_layout_give_the_losses_and_norms_of_one():
@@ -257,14 +257,16 @@ def test_accumulating_sends_gradients_once_a_step_under_ddp():
 def task_precision(changes):
     settings = settings_for(**changes)
     figures, model, optimizer = curve(settings, train.setup(settings), steps=5)
-    dtypes = {p.dtype for p in model.parameters()} | {m.dtype for s in optimizer.state.values() for m in s.values()}
+    moments = [moment for state in optimizer.state.values() for moment in state.values()]
+    dtypes = {tensor.dtype for tensor in [*model.parameters(), *moments]}
     return figures, dtypes
 
 
 @pytest.mark.parametrize("reduce_dtype", ["fp32", "bf16"])
 def test_in_bf16_weights_and_moments_stay_float32_and_losses_close(reduce_dtype):
     expected = curve(settings_for(), CPU, steps=5)[0]
-    tasks = [(layout, task_precision, ({**LAYOUTS[layout][1], "precision": "bf16", "reduce_dtype": reduce_dtype},))
+    half = {"precision": "bf16", "reduce_dtype": reduce_dtype}
+    tasks = [(layout, task_precision, ({**LAYOUTS[layout][1], **half},))
              for layout in ("ddp2", "fsdp2", "tp2")]
     for layout, found in in_processes(2, tasks).items():
         for figures, dtypes in found:
@@ -286,13 +288,15 @@ def task_fp16(changes):
     batches, count = Windows(size, env.data_rank, env.data_world_size), 8 // size // env.data_world_size
     for step in range(16):
         micro_batches = [batches.at(step * count + i) for i in range(count)]
-        reports.append(train.update(model, optimizer, micro_batches, next_token_loss, settings, env, 1e-3, scaler))
+        reports.append(train.update(model, optimizer, micro_batches, next_token_loss, settings, env, 1e-3,
+                                    scaler))
     return scaler.scale, [report["skipped"] for report in reports], [report["loss"] for report in reports]
 
 
 def test_in_fp16_all_processes_skip_the_same_steps_and_lower_the_scale_alike():
-    tasks = [(name, task_fp16, (changes,)) for name, changes in {
-        "ddp": {"micro_batch_size": 2}, "fsdp": {"data_parallel": "fsdp"}, "tp": {"tensor_parallel": 2}}.items()]
+    layouts = {"ddp": {"micro_batch_size": 2}, "fsdp": {"data_parallel": "fsdp"},
+               "tp": {"tensor_parallel": 2}}
+    tasks = [(name, task_fp16, (changes,)) for name, changes in layouts.items()]
     for name, found in in_processes(2, tasks).items():
         assert isinstance(found[0], tuple), found
         scale, skipped, losses = found[0]
@@ -321,7 +325,8 @@ def test_processes_that_do_not_divide_are_refused(changes, world_size, words):
 
 
 @pytest.mark.parametrize("changes, sizes", [
-    ({}, (8, 1, 1)), ({"data_parallel": "fsdp"}, (1, 8, 1)), ({"data_parallel": "fsdp", "tensor_parallel": 2}, (1, 4, 2)),
+    ({}, (8, 1, 1)), ({"data_parallel": "fsdp"}, (1, 8, 1)),
+    ({"data_parallel": "fsdp", "tensor_parallel": 2}, (1, 4, 2)),
     ({"data_parallel": "hsdp", "shard_size": 4}, (2, 4, 1)), ({"tensor_parallel": 4}, (2, 1, 4)),
 ])
 def test_the_mesh_has_replicas_shards_and_tensor_parallel_processes(changes, sizes):
@@ -331,7 +336,8 @@ def test_the_mesh_has_replicas_shards_and_tensor_parallel_processes(changes, siz
 def task_refused(changes, model_changes):
     settings = settings_for(**changes)
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{"vocab_size": 51, "dim": 32, "n_layers": 1, "n_heads": 4, **model_changes}))
+    shape = {"vocab_size": 51, "dim": 32, "n_layers": 1, "n_heads": 4, **model_changes}
+    model = Transformer(ModelConfig(**shape))
     try:
         parallelize(model, train.setup(settings))
     except UserError as error:
@@ -341,7 +347,8 @@ def task_refused(changes, model_changes):
 def test_a_model_that_cannot_be_cut_so_is_refused_with_the_reason():
     cases = {"n_kv_heads 1": ({"tensor_parallel": 2}, {"n_kv_heads": 1}),
              "ffn_dim 33": ({"tensor_parallel": 2}, {"ffn_dim": 33}),
-             "more than model.embed_tokens.weight has rows (1)": ({"data_parallel": "fsdp"}, {"vocab_size": 1})}
+             "more than model.embed_tokens.weight has rows (1)":
+                 ({"data_parallel": "fsdp"}, {"vocab_size": 1})}
     found = in_processes(2, [(words, task_refused, arguments) for words, arguments in cases.items()])
     for words, results in found.items():
         assert all(result and words in result for result in results), (words, results)
@@ -357,7 +364,8 @@ def test_fsdp_in_a_single_process_without_torchrun_gives_the_same_losses():
     assert done == [pytest.approx(figures, rel=1e-5) for figures in reference({})]
 
 
-@pytest.mark.parametrize("kind, every, wrapped", [("full", 1, 4), ("full", 2, 2), ("selective", 3, 1), ("none", 1, 0)])
+@pytest.mark.parametrize("kind, every, wrapped", [("full", 1, 4), ("full", 2, 2), ("selective", 3, 1),
+                                                  ("none", 1, 0)])
 def test_recomputation_wraps_every_kth_block_and_renames_nothing(kind, every, wrapped):
     model = Transformer(ModelConfig(vocab_size=20, dim=16, n_layers=4, n_heads=2))
     names = [name for name, _ in model.named_parameters()]

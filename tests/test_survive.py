@@ -1,4 +1,4 @@
-"""survive.py: states move between layouts bit for bit; bad steps are gone round; lost processes end in words."""
+"""survive.py: states move between layouts bit for bit; bad steps are gone round; hangs end in words."""
 import hashlib
 import json
 import math
@@ -126,7 +126,8 @@ def test_a_spike_of_the_loss_is_refused_before_a_weight_is_touched():
     optimizer = train.make_optimizer(model, settings)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(BadStep, match="is a spike, above 1.000"):
-        train.update(model, optimizer, [Windows(4).at(0)], train.next_token_loss, settings, CPU, 0.01, limit=1.0)
+        train.update(model, optimizer, [Windows(4).at(0)], train.next_token_loss, settings, CPU, 0.01,
+                     limit=1.0)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and not optimizer.state
 
 
@@ -138,8 +139,8 @@ def digest(out):
 
 
 def test_the_last_two_states_and_the_best_are_kept(tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
-    monkeypatch.setattr(train, "evaluate", lambda *args: {"loss": (loss := next(losses)), "bits_per_byte": loss})
+    results = iter([{"loss": loss, "bits_per_byte": loss} for loss in (3.0, 2.0, 2.5, 2.6, 2.7, 2.8)])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(results))
     settings = settings_for(out=str(tmp_path / "run"), steps=30, eval_every=5, save_every=5)
     train.train(model_for(settings), Windows(8), train.next_token_loss, settings, CPU, validation=object())
     states = sorted(path.name for path in (tmp_path / "run" / "state").iterdir())
@@ -264,9 +265,11 @@ def in_worlds(function, chosen, arguments):
 
 
 def check_pairs(tmp_path, names, optimizer):
-    chosen = {name: (size, {**changes, "optimizer": optimizer}) for name, (size, changes) in layouts(names).items()}
+    chosen = {name: (size, {**changes, "optimizer": optimizer})
+              for name, (size, changes) in layouts(names).items()}
     saved = in_worlds(task_save, chosen, lambda name: [((), (str(tmp_path / name),))])
-    loaded = in_worlds(task_load, chosen, lambda name: [((other,), (str(tmp_path / other),)) for other in chosen])
+    loaded = in_worlds(task_load, chosen,
+                       lambda name: [((other,), (str(tmp_path / other),)) for other in chosen])
     for writer in chosen:
         digests, losses = saved[(writer,)]
         for reader in chosen:

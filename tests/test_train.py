@@ -29,7 +29,7 @@ from survive import LossScale
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
 SMALL = ["--preset", "tiny", "--dim", "32", "--seq_len", "32", "--batch_size", "4", "--steps", "12",
-         "--sample_prompts", "def "]
+         "--sample_prompts", "def ", "--precision", "fp32"]
 
 
 def settings_for(tmp_path, **changes):
@@ -470,7 +470,8 @@ def test_two_processes_give_the_losses_of_one(shards, tmp_path):
 @pytest.mark.parametrize("layout", [["--data_parallel", "fsdp"], ["--tensor_parallel", "2"]])
 def test_a_model_that_lies_in_parts_ends_in_the_same_model_folder(finished, shards, tmp_path, layout):
     transformers = pytest.importorskip("transformers")
-    evaluating = ["--eval_every", "4", "--save_every", "4"]  # weights are gathered to evaluate: then to be saved
+    # weights are gathered to evaluate, and then to be saved
+    evaluating = ["--eval_every", "4", "--save_every", "4"]
     done = run_train(shards, tmp_path / "run", *SMALL, *evaluating, *layout, processes=2)
     assert "Warning" not in done.stderr and "W1" not in done.stderr, "torch's warnings reach the user"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
@@ -487,15 +488,15 @@ def test_a_process_killed_under_torchrun_is_started_again_and_the_run_ends_the_s
     arguments = [*SMALL, "--steps", "60", "--save_every", "2"]
     run_train(shards, tmp_path / "whole", *arguments, processes=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--max-restarts", "3", str(ROOT / "train.py"), "--data", str(shards), "--out", str(tmp_path / "run"),
-               "--overwrite", *arguments]  # which must not delete the run at a restart
+               "--max-restarts", "3", str(ROOT / "train.py"), "--data", str(shards), "--out",
+               str(tmp_path / "run"), "--overwrite", *arguments]  # which must not delete the run at a restart
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     for step in (10, 30):
         while not list((tmp_path / "run").glob(f"state/step_*{step}")) and process.poll() is None:
             time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-        os.kill(int(children[-1]), signal.SIGKILL)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii")
+        os.kill(int(children.split()[-1]), signal.SIGKILL)
     output = process.communicate(timeout=300)[0].decode("utf-8", "replace")
     assert process.returncode == 0, output[-3000:]
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
@@ -518,13 +519,15 @@ def test_sigusr1_asks_for_an_evaluation(shards, tmp_path):
     assert process.returncode == 0 and asked and len(evaluated) == 2 and evaluated[0] < 60, evaluated
 
 
-def test_the_batch_grows_with_the_tokens_seen_and_no_window_is_left_out_or_repeated(shards, tmp_path, monkeypatch):
-    settings = settings_for(tmp_path, batch_size=16, batch_start=4, ramp_tokens=64 * 32, micro_batch_size=2, steps=30)
+def test_the_batch_grows_with_the_tokens_seen_and_no_window_is_left_out_or_repeated(tmp_path):
+    settings = settings_for(tmp_path, batch_size=16, batch_start=4, ramp_tokens=64 * 32, micro_batch_size=2,
+                            steps=30)
     sizes = [train.batch_windows(step, settings) for step in range(30)]
     assert sizes[0] == 4 and sizes[-1] == 16 and sizes == sorted(sizes) and set(sizes) == {4, 8, 12, 16}
     seen = 0
     for step, size in enumerate(sizes):  # GPT-3's rule, rounded down: linear in the tokens seen
-        assert size == min(16, int(4 + 12 * seen / 64) // 4 * 4) and train.windows_before(step, settings) == seen
+        assert size == min(16, int(4 + 12 * seen / 64) // 4 * 4)
+        assert train.windows_before(step, settings) == seen
         seen += size
     asked = []
 
@@ -719,7 +722,8 @@ def test_a_kill_inside_the_first_save_or_before_it_is_a_start_from_nothing(
     for name in ("whole", "killed"):
         if name == "killed":
             (tmp_path / name / "state" / "step_00000003.tmp").mkdir(parents=True)
-            (tmp_path / name / "settings.json").write_bytes((tmp_path / "whole" / "settings.json").read_bytes())
+            whole = (tmp_path / "whole" / "settings.json").read_bytes()
+            (tmp_path / name / "settings.json").write_bytes(whole)
         code, errors = in_process(monkeypatch, capsys, shards, tmp_path / name, *SMALL, "--bigram_steps", "5")
         assert code == 0, errors
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole"), "was the bigram start left out?"

@@ -5,6 +5,7 @@
 Not a test by itself: tests/test_torture.py does a dozen of each. Kills need a system with SIGKILL.
 """
 import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -57,8 +58,9 @@ def train_in_process(shards: Path, out: Path, steps: int):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    sys.argv = ["train.py", "--data", str(shards), "--out", str(out), "--preset", "tiny", "--dim", "32", "--seq_len",
-                "32", "--batch_size", "4", "--steps", str(steps), "--save_every", "1", "--bigram_steps", "3"]
+    sys.argv = ["train.py", "--data", str(shards), "--out", str(out), "--preset", "tiny", "--dim", "32",
+                "--seq_len", "32", "--batch_size", "4", "--steps", str(steps), "--save_every", "1",
+                "--bigram_steps", "3"]
     config.run(train.main)
 
 
@@ -86,7 +88,7 @@ def kill_often(folder: Path, kills: int, seed: int) -> str:
         time.sleep(rng.uniform(0, 0.15))
         process.kill()
         process.join()
-        assert process.exitcode == -9, f"ended by itself with {process.exitcode}, at step {newest(run)} of {steps}"
+        assert process.exitcode == -9, f"ended by itself, code {process.exitcode}, step {newest(run)} of {steps}"
         done += 1
         inside += any(run.glob("state/*.tmp"))  # killed while a state was written or removed
         if newest(run) >= 0:
@@ -95,9 +97,8 @@ def kill_often(folder: Path, kills: int, seed: int) -> str:
     end.join()
     assert end.exitcode == 0
     for name in ("model.safetensors", f"state/step_{steps:08d}/optimizer.safetensors"):
-        assert digest(run / name) == digest(folder / "whole" / name), f"{name} differs from the uninterrupted run's"
-    assert [line_without_times(line) for line in lines(run)] == [line_without_times(line) for line in
-                                                                 lines(folder / "whole")]
+        assert digest(run / name) == digest(folder / "whole" / name), f"{name}: not the uninterrupted run's"
+    assert lines(run) == lines(folder / "whole")
     return f"{kills} kill -9, {inside} of them inside a save: the run ends byte-identical"
 
 
@@ -110,14 +111,11 @@ def newest(run: Path) -> int:
     return max((int(path.name[5:13]) for path in run.glob("state/step_*") if path.suffix == ""), default=-1)
 
 
-def lines(run: Path) -> list[str]:
-    return (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-
-
-def line_without_times(line: str) -> dict:
-    import json
-    return {name: value for name, value in json.loads(line).items()
-            if not name.endswith(("seconds", "per_second", "gib", "mfu"))}
+def lines(run: Path) -> list[dict]:
+    """The lines of the log, without what depends on the clock."""
+    found = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{name: value for name, value in line.items()
+             if not name.endswith(("seconds", "per_second", "gib", "mfu"))} for line in found]
 
 
 def digest(path: Path) -> str:
@@ -148,8 +146,8 @@ def corrupt_often(folder: Path, corruptions: int, seed: int) -> str:
         os.replace(kept, path) if path.parent == shards else shutil.copy2(kept, path)
         counts[kind] = counts.get(kind, 0) + 1
     assert load_state(state.parent, say=fail)[0] == step, "the files were not put back as they were"
-    return f"{corruptions} corruptions ({', '.join(f'{n} x {kind}' for kind, n in sorted(counts.items()))}): " \
-           f"every one noticed"
+    kinds = ", ".join(f"{number} x {kind}" for kind, number in sorted(counts.items()))
+    return f"{corruptions} corruptions ({kinds}): every one noticed"
 
 
 def damage(path: Path, rng: random.Random) -> str:

@@ -11,13 +11,15 @@ Adafactor (Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235), for everythi
 divides by root mean squares as Adam does, but keeps one for each row and each column of a matrix instead of
 one for each number: n + m floats beside n x m weights, where AdamW holds 2 n m and Muon n m.
 
-`parameter_groups` says which weights are whose, `learning_rate` how fast they go at each step. Weights may
+`parameter_groups` says which weights are whose, `learning_rate` how fast they go at each step, and
+`batch_windows` on how much text a step rests. Weights may
 stand whole on each process, or in pieces on many (DTensors, which FSDP and tensor parallelism make).
 
     python optim.py          # draws the schedules
 
 What each buys here stands in LOG.md.
 """
+import functools
 import math
 from types import SimpleNamespace
 
@@ -351,6 +353,38 @@ def learning_rate(step: int, settings) -> float:
         case other:
             raise ValueError(f"schedule {other!r} is none of {', '.join(SCHEDULES)}")
     return peak * (final + (1 - final) * above)
+
+
+def batch_windows(step: int, settings) -> int:
+    """Windows in the batch of a step: batch_size, or on the way there from batch_start.
+
+    While batches are small their gradients are noisy, but early on even noisy ones point the same way: GPT-3
+    (Brown et al. 2020, appendix B) begins with a hundredth of its batch and grows it linearly with the tokens
+    seen. Here in steps of batch_start.
+    """
+    return windows_before(step + 1, settings) - windows_before(step, settings)
+
+
+def windows_before(step: int, settings) -> int:
+    """Windows in the batches of all steps before this one."""
+    start, whole = getattr(settings, "batch_start", settings.batch_size), settings.batch_size
+    if start == whole:
+        return step * whole
+    seen = windows_in_ramp(start, whole, settings.ramp_tokens / settings.seq_len, settings.steps)
+    beyond = max(0, step - len(seen) + 1)
+    return seen[step - beyond] + beyond * whole
+
+
+@functools.cache
+def windows_in_ramp(start: int, whole: int, over_windows: float, steps: int) -> list[int]:
+    """The windows before each step until the batch is whole, or `steps` are made."""
+    seen = [0]
+    while len(seen) <= steps:
+        size = int(start + (whole - start) * seen[-1] / over_windows) // start * start
+        if size >= whole:
+            break
+        seen.append(seen[-1] + size)
+    return seen
 
 
 def picture(settings, columns: int = 60, rows: int = 5) -> str:

@@ -70,8 +70,15 @@ class Compute:
         """Raise UserError where one of these is out of range."""
         require(self, shard_size=(1, None), tensor_parallel=(1, None), checkpoint_every=(1, None),
                 timeout_minutes=(0.01, 60 * 24))
+        if self.shard_size and self.data_parallel != "hsdp":
+            raise UserError(f"--shard_size {self.shard_size} is for --data_parallel hsdp, not "
+                            f"{self.data_parallel}; leave it out")
+        if self.checkpoint_every > 1 and self.activation_checkpointing == "none":
+            raise UserError(f"--checkpoint_every {self.checkpoint_every} needs --activation_checkpointing "
+                            f"full or selective")
 
 
+PATIENCE = timedelta(hours=2)  # for what has to do with disks: preparing data, reading and writing states
 COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,7 +93,7 @@ class Env:
     peak_flops: float = 0.0  # measured, a second and process; 0: not known
     compute: Compute = field(default_factory=Compute)
     mesh: DeviceMesh | None = None  # axes replicate, shard, tensor; None: a single process, nothing sharded
-    patient: dist.ProcessGroup | None = None  # for waits that may be long: gloo, no time limit to speak of
+    patient: dist.ProcessGroup | None = None  # of gloo, for waits that may be long, up to PATIENCE
 
     @property
     def data_rank(self) -> int:
@@ -127,28 +134,30 @@ class Env:
         """The sum over the parts of a batch, in place: each counts once, however many processes share it."""
         return self.all_reduce(tensor).div_(self.compute.tensor_parallel)
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag: bool, patient: bool = False) -> bool:
         """True on every process if it is true on one: who leaves a loop alone leaves the others waiting."""
         if self.world_size == 1:
             return flag
-        return bool(self.all_reduce(torch.tensor(float(flag), device=self.scalar_device)))
+        flags = torch.tensor(float(flag), device="cpu" if patient else self.scalar_device)
+        dist.all_reduce(flags, group=self.patient if patient else None)
+        return bool(flags)
 
-    def each(self, action):
-        """Call action() on every process. Where it fails on one, all end: none waits for ever."""
+    def each(self, action, patient: bool = False):
+        """Call action() on every process. Where it fails on one, all end: none waits for ever.
+
+        patient: it may take longer than --timeout_minutes, as what has to do with disks may.
+        """
         failure = None
         try:
             action()
         except BaseException as error:  # raised again below, once the others know
             failure = error
-        failed = torch.tensor(float(failure is not None))
-        if self.world_size > 1:
-            dist.all_reduce(failed, group=self.patient)  # it may take long: data are prepared here, say
-        if failed:
+        if self.any(failure is not None, patient):
             raise failure or SystemExit(2)
 
-    def first(self, action):
+    def first(self, action, patient: bool = False):
         """Call action() on process 0, while the others wait."""
-        self.each(action if self.rank == 0 else lambda: None)
+        self.each(action if self.rank == 0 else lambda: None, patient)
 
     def say(self, *words):
         if self.rank == 0:
@@ -201,12 +210,15 @@ def join(env: Env, timeout_minutes: float):
                             "run one process, or pass --device cpu")
         dist.init_process_group(backend, store=meeting_place(), rank=env.rank, world_size=env.world_size,
                                 timeout=timedelta(minutes=timeout_minutes))
-    env.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    env.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def meeting_place() -> dist.Store | None:
     """Where the processes find each other's addresses; None for torch's own choice."""
     if "MASTER_ADDR" not in os.environ:  # python, not torchrun: nobody else to find
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but MASTER_ADDR does not say where "
+                            f"to find the others; start the processes with torchrun")
         return dist.HashStore()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -362,8 +374,10 @@ def inside(model: nn.Module, function, *args):
     if root is None:
         return function(model, *args)
     result = root(function, *args)
-    if isinstance(root, FSDPModule) and not torch.is_grad_enabled():
-        root.reshard()  # else a backward pass, which never comes, would
+    if not torch.is_grad_enabled():  # else a backward pass, which never comes, would free what was gathered
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     return result
 
 

@@ -12,16 +12,19 @@ A step whose loss or gradient is not finite, or whose loss jumps (`spike_limit`)
 raises `BadStep` on every process alike, and the loop goes back to the last state and round the batches since
 then (as in Chowdhery et al. 2022, section 5.1), until that has happened too often.
 """
+import contextlib
+import errno
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import statistics
+import shutil
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,13 +32,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from checkpoint import load_state, save_model, save_state, write_order, write_settings
+from checkpoint import load_state, save_model, save_state, states, write_order, write_settings
 from config import UserError
 from model import Transformer
-from parallel import Env, own_part, part_at
-
-
-PATIENCE = timedelta(days=7)  # writing a state may take long
+from parallel import PATIENCE, Env, own_part, part_at
 
 
 class BadStep(UserError):
@@ -119,9 +119,10 @@ class Parted:
         return whole
 
     def send(self):
-        rank = dist.get_rank()
-        if isinstance(self.of, DTensor) and rank in dict(holders(self.of)) and self.local().numel():
-            dist.send(self.local(), 0, self.group)
+        if isinstance(self.of, DTensor) and dist.get_rank() in dict(holders(self.of)):
+            part = self.local()
+            if part.numel():
+                dist.send(part, 0, self.group)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def save_whole(model: nn.Module, tokenizer, folder: Path, env: Env):
 
     def write():
         save_model(model, tokenizer, folder, tensors=tensors)
-    env.each(lambda: together(write, [tensors], env.rank))
+    env.each(lambda: together(write, [tensors], env.rank), patient=True)
 
 
 class Run:
@@ -187,13 +188,19 @@ class Run:
         self.env.first(log.sync)  # first: a state must never know of a step that the log has lost
         extra = {"identity": self.identity, "scaler": self.scaler.state_dict() if self.scaler else None,
                  **{name: getattr(self, name) for name in self.NUMBERS}}
-        tensors = {group: {name: Parted(tensor, self.group, local_part(tensor).detach().cpu().clone())
+        tensors = {group: {name: Parted(tensor, self.group, self.copy(tensor))
                            for name, tensor in named.items()}
                    for group, named in named_tensors(self.model, self.optimizer).items()}
         # daemon: where the run ends in an error, half a state is no reason to stay
         self.thread = threading.Thread(target=self.write, args=(self.step, tensors, extra), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
+
+    def copy(self, tensor: Tensor) -> Tensor | None:
+        """This process's part in the CPU's memory, where it is this one that will be asked for it."""
+        if self.env.rank in (dict(holders(tensor)) if isinstance(tensor, DTensor) else (0,)):
+            return local_part(tensor).detach().to("cpu", copy=True)
+        return None
 
     def write(self, step: int, tensors: dict[str, dict[str, Parted]], extra: dict):
         def write():
@@ -214,14 +221,18 @@ class Run:
         if self.thread is not None:
             self.thread.join()
             self.thread, error, self.error = None, self.error, None
-            if self.env.any(error is not None):
+            if self.env.any(error is not None, patient=True):
                 raise error or SystemExit(2)
 
     def news(self) -> dict:
         """For the log: how long the last save stopped training, and how often the run went back."""
         line = {} if self.stall is None else {"save_stall_seconds": round(self.stall, 4)}
         self.stall = None
-        return line | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
+        if self.rollbacks:
+            line["rollbacks"] = self.rollbacks
+        if self.scaler:
+            line["loss_scale"] = self.scaler.scale
+        return line
 
     @torch.no_grad()
     def load(self):
@@ -262,14 +273,14 @@ def named_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
 
 def newest_state(folder: Path, env: Env) -> tuple[int, dict, dict] | None:
     """(step, tensors, extra) of the newest whole state, mapped; the same on every process."""
-    states = []
-    env.first(lambda: states.append(load_state(folder / "state", say=env.say)))
-    step = torch.tensor(states[0][0] if states and states[0] else -1)
+    found = []
+    env.first(lambda: found.append(load_state(folder / "state", say=env.say)), patient=True)
+    step = torch.tensor(found[0][0] if found and found[0] else -1)
     if env.world_size > 1:
         dist.broadcast(step, src=0, group=env.patient)
     if step < 0:
         return None
-    state = states[0] if states else load_state(folder / "state", only=int(step))
+    state = found[0] if found else load_state(folder / "state", only=int(step))
     if env.any(state is None):
         raise UserError(f"the processes see different states in {folder}; --out must be on a disk they share")
     return state
@@ -291,6 +302,75 @@ def check_identity(folder: Path, found: dict, wanted: dict):
             raise UserError(f"{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; "
                             f"continue it with its own settings, choose another --out, or pass --overwrite "
                             f"to delete it")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder of a run: nobody else's, and ours alone
+
+
+MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+               "tokenizer_config.json")
+
+
+@contextlib.contextmanager
+def open_run_folder(settings):
+    """Make settings.out, or refuse it, and hold it alone. Only --overwrite deletes, and what a run writes."""
+    folder = Path(settings.out)
+    for name in ("data", "init_from", "replay"):
+        other = getattr(settings, name)
+        if other and folder.resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
+            raise UserError(f"--out {folder} holds --{name} {other}; choose another --out")
+    if folder.is_dir() and is_run(folder):
+        with alone(folder):
+            clear_run_folder(folder, settings.overwrite)
+            yield
+        return
+    if folder.exists() and (not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a run folder; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        yield
+
+
+def clear_run_folder(folder: Path, overwrite: bool):
+    if overwrite:
+        shutil.rmtree(folder / "state", ignore_errors=True)
+        # settings.json stays: after a kill here it is still a run
+        for name in (*MODEL_FILES, "log.jsonl", "trace.json"):
+            (folder / name).unlink(missing_ok=True)
+    if any((folder / name).exists() for name in MODEL_FILES) and not states(folder / "state"):
+        raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, "
+                        f"or pass --overwrite")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run of ours stands there: other programs have a settings.json too."""
+    try:
+        content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"preset", "steps", "data", "out"} <= content.keys()
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Hold the folder while the context lasts; UserError where another process does.
+
+    By a lock on <folder>/lock.tmp, which the system lets go when we end, however we end.
+    """
+    with open(folder / "lock.tmp", "ab") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # not: a disk that knows no locks
+                raise UserError(f"another process is training in {folder}; wait for its end, or choose "
+                                f"another --out") from None
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -339,13 +419,18 @@ class stop_signals:
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 
-def lost_process(error: RuntimeError, env: Env, minutes: float) -> UserError | None:
+LOST = (r"[Tt]im(ed ?out|eout)|Connection (closed|reset|refused)|Broken pipe|communicator was aborted|"
+        r"[Ff]ailed to (recv|send)|remote process exited")
+
+
+def lost_process(error: BaseException, minutes: float) -> UserError | None:
     """The error in a line, where it says that another process is gone or hangs; None where it is another."""
     text = str(error)
-    if not re.search(r"gloo|nccl|NCCL|[Tt]imed out|Connection (closed|reset)", text):
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if world_size == "1" or not re.search(LOST, text):
         return None
     what = "the connection to another process is lost: it ended, see its message"
     if re.search(r"[Tt]imed out|[Tt]imeout", text):
         what = f"another process did not answer for {minutes:g} minutes (--timeout_minutes): it hangs"
-    return UserError(f"process {env.rank} of {env.world_size}: {what}. The same command goes on from the "
+    return UserError(f"process {rank} of {world_size}: {what}. The same command goes on from the "
                      f"last state; torchrun --max-restarts 3 does so by itself")

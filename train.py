@@ -21,7 +21,7 @@ import functools
 import json
 import math
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,10 +40,10 @@ from config import UserError, parse, require, run, show
 from data import Batches, Replay
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
 from objectives import FillInTheMiddle, PrefixLM, next_token_loss, with_fim_tokens
-from optim import learning_rate, make_optimizer
+from optim import batch_windows, learning_rate, make_optimizer, windows_before
 from parallel import Compute, Env, inside, parallelize, setup, whole_step
-from survive import BadStep, Run, lost_process, save_whole, spike_limit, stop_signals
-from watch import Log, Profile, describe, dry_run, log_line, out_of_memory
+from survive import BadStep, Run, lost_process, open_run_folder, save_whole, spike_limit, stop_signals
+from watch import Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory
 
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
     "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
@@ -71,9 +71,10 @@ class Settings(Compute):
     n_kv_heads: int | None = None  # key/value heads; none: the preset's, else as many as query heads
     ffn_dim: int | None = None  # width inside the MLP; none: the preset's, else 8/3 of dim in steps of 64
     max_seq_len: int | None = None  # the model's limit; none: seq_len
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
-    qk_norm: bool = True  # normalise queries and keys (the folder is then a Qwen3's, else a Llama's)
-    tie_embeddings: bool = False  # one matrix for embedding and head
+    rope_theta: float | None = None  # base of the rotary wavelengths; none: 10,000
+    qk_norm: bool | None = None  # normalise queries and keys (the folder is then a Qwen3's, else a Llama's);
+                                 # none: true
+    tie_embeddings: bool | None = None  # one matrix for embedding and head; none: false
 
     init_from: str | None = None  # go on from this model folder, on other data; the sizes are then its own
     replay: str | None = None  # token shards of the old text, against forgetting: a share of the windows
@@ -123,10 +124,10 @@ class Settings(Compute):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None and not (self.init_from and name in SHAPE):
                 setattr(self, name, value)
-        own = {"max_seq_len": None if self.init_from else self.seq_len, "batch_start": self.batch_size,
-               "bigram_steps": 0, "eval_stride": max(1, self.seq_len // 2)}
+        own = {"max_seq_len": self.seq_len, "rope_theta": 10000.0, "qk_norm": True, "tie_embeddings": False,
+               "batch_start": self.batch_size, "bigram_steps": 0, "eval_stride": max(1, self.seq_len // 2)}
         for name, value in own.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not (self.init_from and name in SHAPE):
                 setattr(self, name, value)
         self.check()
 
@@ -145,6 +146,7 @@ class Settings(Compute):
             raise UserError("--replay is of use with --init_from: it keeps a trained model from forgetting")
 
     def check(self):
+        self.check_compute()
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "batch_size",
                  "micro_batch_size", "steps", "save_every")
         require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), eval_stride=(1, self.seq_len),
@@ -163,18 +165,22 @@ class Settings(Compute):
                             f"the batch grows in steps of it")
         if self.batch_start < self.batch_size and not self.ramp_tokens:
             raise UserError(f"batch_start {self.batch_start} needs --ramp_tokens: over how many it grows")
+        if self.ramp_tokens and self.batch_start == self.batch_size:
+            raise UserError(f"ramp_tokens {self.ramp_tokens} needs --batch_start: with how many to begin")
         if self.seq_len % self.tensor_parallel:
             raise UserError(f"--tensor_parallel {self.tensor_parallel} does not divide seq_len "
                             f"{self.seq_len}; between blocks each process has its own positions")
 
 
 # What belongs to the model, and comes with it from --init_from
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "rope_theta", "qk_norm",
+         "tie_embeddings")
 
-# Settings that may differ between the parts of one run: they say where and how to compute, not what
+# Settings that may differ between the parts of one run: they say where and how to compute, not what. (Where
+# a bad step rolls a run back, save_every and the stops show all the same: it goes back to the last state.)
 FREE = {field.name for field in fields(Compute)} | {
     "data", "out", "overwrite", "preset", "micro_batch_size", "chunked_loss", "eval_stride", "eval_every",
-    "save_every", "sample_prompts", "max_rollbacks", "profile", "dry_run"}
+    "save_every", "sample_prompts", "max_rollbacks", "profile", "dry_run", "init_from", "replay"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -321,7 +327,7 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
 
 
 def begin(model, settings, env, tokenizer, corpus: dict) -> tuple[Run, Log]:
-    """The run of these settings, at the newest state in settings.out or before its first step; and its log."""
+    """The run of these settings, at the newest state in settings.out, else before step 1; and its log."""
     model = parallelize(model.train(), env)
     optimizer = make_optimizer(model, settings, env.say, env.products)
     identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | corpus
@@ -410,38 +416,6 @@ def micro_batch(settings, env) -> int:
     return micro
 
 
-def batch_windows(step: int, settings) -> int:
-    """Windows in the batch of a step: batch_size, or on the way there from batch_start.
-
-    While batches are small their gradients are noisy, but early on even noisy ones point the same way: GPT-3
-    (Brown et al. 2020, appendix B) begins with a hundredth of its batch and grows it linearly with the tokens
-    seen. Here in steps of batch_start.
-    """
-    ramp = batch_ramp(settings)
-    return ramp[step] if step < len(ramp) else settings.batch_size
-
-
-def windows_before(step: int, settings) -> int:
-    """Windows in the batches of all steps before this one."""
-    ramp = batch_ramp(settings)[:step]
-    return sum(ramp) + (step - len(ramp)) * settings.batch_size
-
-
-def batch_ramp(settings) -> list[int]:
-    """Windows in the batch of each step until it is whole."""
-    start, whole = getattr(settings, "batch_start", settings.batch_size), settings.batch_size
-    return list(ramp_of(start, whole, settings.ramp_tokens / settings.seq_len)) if start < whole else []
-
-
-@functools.cache
-def ramp_of(start: int, whole: int, over_windows: float) -> tuple[int, ...]:
-    ramp, seen = [], 0
-    while (size := int(start + (whole - start) * seen / over_windows) // start * start) < whole:
-        ramp.append(size)
-        seen += size
-    return tuple(ramp)
-
-
 def seed_step(seed: int, step: int, rank: int):
     """Randomness of a step (dropout, say) follows from (seed, step, rank): no generator need be saved."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2 ** 63)
@@ -493,12 +467,12 @@ def main():
     settings = parse(Settings)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         settings.overwrite = False  # torchrun starts us again: this run is what is to go on
-    env = None
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop listens, it shall not end us
     try:
-        env = setup(settings)
-        pretrain(settings, env)
+        pretrain(settings, setup(settings))
     except (RuntimeError, MemoryError) as error:
-        known = out_of_memory(error, settings) or (env and lost_process(error, env, settings.timeout_minutes))
+        known = out_of_memory(error, settings) or lost_process(error, settings.timeout_minutes)
         if not known:
             raise
         raise known from None
@@ -513,24 +487,34 @@ def pretrain(settings: Settings, env: Env):
     if settings.dry_run:
         env.first(lambda: print(dry_run(planned_config(settings), settings, env, tokens)))
         return
-    env.first(lambda: prepare_data(settings, env))
+    env.first(lambda: prepare_data(settings, env), patient=True)
     batches, validation = open_data(settings, env)
     model, tokenizer = build_model(settings, batches)
-    env.first(lambda: open_run_folder(settings))  # last of all that can refuse: --overwrite deletes here
+    with contextlib.ExitStack() as stack:
+        # last of all that can refuse: --overwrite deletes here
+        env.first(lambda: stack.enter_context(open_run_folder(settings)))
+        run_in_folder(settings, env, model, tokenizer, batches, validation)
+
+
+def run_in_folder(settings: Settings, env: Env, model, tokenizer, batches, validation):
+    """The main job, once all is found to be right."""
+    tokens = windows_before(settings.steps, settings) * settings.seq_len
     if env.rank == 0:
         show(settings)
     env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, "
             f"{tokens / batches.tokens:.2f} epochs, "
             f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")
     if settings.bigram_steps and not states(Path(settings.out) / "state"):
-        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps))
+        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps), patient=True)
     corpus = {"vocab_size": model.config.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
+    if settings.init_from:
+        corpus["init_from"] = str(Path(settings.init_from).resolve())
     if settings.replay:
-        corpus["old train.bin"] = batches.old.meta["train"]["sha256"]
+        corpus["replay"] = batches.old.meta["train"]["sha256"]
     loss_fn = functools.partial(next_token_loss, chunked=settings.chunked_loss)
     last = train(model, with_objective(batches, tokenizer, settings), loss_fn, settings, env, tokenizer,
                  validation, corpus)
-    env.first(lambda: show_result(settings, last, batches.meta))
+    env.first(lambda: show_result(settings, last, batches.meta), patient=True)
 
 
 def open_data(settings: Settings, env: Env) -> tuple:
@@ -565,13 +549,15 @@ def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Toke
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
         raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
                         f"it; run data.py again")
+    known = (tokenizer.fingerprint, with_fim_tokens(tokenizer).fingerprint)
     if settings.objective == "fim":
         tokenizer = with_fim_tokens(tokenizer)
     if not settings.init_from:
+        check_room(planned_config(settings, tokenizer.vocab_size))
         torch.manual_seed(settings.seed)
         return Transformer(planned_config(settings, tokenizer.vocab_size)), tokenizer
     model, own = load_model(settings.init_from)
-    if own is None or own.fingerprint not in (tokenizer.fingerprint, with_fim_tokens(tokenizer).fingerprint):
+    if own is None or own.fingerprint not in known:
         raise UserError(f"the shards in {settings.data} were made with another tokenizer than that of "
                         f"{settings.init_from}; make them anew: python data.py --tokenizer "
                         f"{settings.init_from} --out {settings.data} --overwrite, with the --input of then")
@@ -582,6 +568,15 @@ def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Toke
         raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
                         f"{settings.init_from}; pass a shorter --seq_len")
     return model, own
+
+
+def check_room(config: ModelConfig):
+    """Raise UserError where not even the weights, which are made on the CPU, fit into its memory."""
+    need, free = 4 * count_parameters(config), free_memory(torch.device("cpu"))
+    if free is not None and need > free:
+        raise UserError(f"the weights of this model take {need / 2 ** 30:,.1f} GiB, and {free / 2 ** 30:,.1f} "
+                        f"GiB are free for this process; choose a smaller --dim or --n_layers, or fewer "
+                        f"processes on this machine")
 
 
 def planned_config(settings: Settings, vocab_size: int | None = None) -> ModelConfig:
@@ -604,36 +599,6 @@ def prepare_data(settings: Settings, env: Env):
     result = subprocess.run(command)  # its own process: its workers start without torch
     if result.returncode:
         raise UserError(f"data.py ended with exit code {result.returncode}; see its message above")
-
-
-MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-               "tokenizer_config.json")
-
-
-def open_run_folder(settings):
-    """Make settings.out, or refuse it. Only --overwrite deletes, and only what a run writes."""
-    folder = Path(settings.out)
-    if settings.overwrite and is_run(folder):
-        shutil.rmtree(folder / "state", ignore_errors=True)
-        # settings.json stays: after a kill here it is still a run
-        for name in (*MODEL_FILES, "log.jsonl", "trace.json"):
-            (folder / name).unlink(missing_ok=True)
-    elif folder.exists() and not is_run(folder):
-        if not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir()):
-            raise UserError(f"{folder} exists and is not a run folder; choose another --out")
-    if any((folder / name).exists() for name in MODEL_FILES) and not states(folder / "state"):
-        raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, "
-                        f"or pass --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run of ours stands there: other programs have a settings.json too."""
-    try:
-        content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"preset", "steps", "data", "out"} <= content.keys()
 
 
 def show_result(settings: Settings, last: dict, meta: dict):

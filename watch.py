@@ -165,10 +165,11 @@ class Log:
         path, kept = folder / "log.jsonl", []
         self.close()
         if path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # a kill may have cut the last line short
                     line = json.loads(text)
-                    if line["step"] <= steps_done:
+                    step = line.get("step") if isinstance(line, dict) else None
+                    if isinstance(step, int) and step <= steps_done:
                         kept.append((text, line))
         if [line["step"] for _, line in kept] != list(range(1, steps_done + 1)):
             raise UserError(f"{path} lacks some of the {steps_done} steps that are done; put it back, "

@@ -109,6 +109,24 @@ def test_a_run_that_went_back_equals_one_that_never_met_the_bad_batches(tmp_path
     assert digest(out) == digest(tmp_path / "clean")
 
 
+def test_a_stop_after_a_rollback_changes_nothing_also_while_the_batch_grows(tmp_path):
+    ramp = {"batch_size": 16, "batch_start": 8, "ramp_tokens": 16 * 200}
+    _, _, whole = run_with(tmp_path, {25}, math.nan, name="whole", **ramp)
+
+    class Stopped(Marked):
+        def at(self, i):
+            if i == 40 and not (tmp_path / "stopped").exists():
+                (tmp_path / "stopped").touch()
+                raise KeyboardInterrupt
+            return super().at(i)
+
+    settings = settings_for(out=str(tmp_path / "parts"), save_every=10, steps=40, **ramp)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(model_for(settings), Stopped(bad={25}), loss_with(math.nan), settings, CPU)
+    train.train(model_for(settings), Stopped(bad={25}), loss_with(math.nan), settings, CPU)
+    assert digest(tmp_path / "parts") == digest(whole)
+
+
 def test_before_the_first_state_it_goes_back_to_the_beginning(tmp_path):
     asked, last, _ = run_with(tmp_path, {3}, math.nan)
     assert asked == [*range(4), *range(4, 44)] and last["rollbacks"] == 1
@@ -290,6 +308,23 @@ def test_a_state_moves_between_all_layouts_of_1_2_and_4_processes_bit_for_bit(tm
     check_pairs(tmp_path, [name for name in LAYOUTS if name != "fsdp4 zero2"], optimizer)  # 81 pairs
 
 
+def task_slow_disk(out):
+    """A state takes longer to write than another process may keep the others waiting: that is no hang."""
+    import checkpoint
+    plain = checkpoint.sha256
+    checkpoint.sha256 = lambda path: (time.sleep(2), plain(path))[1]
+    settings = settings_for(out=out, timeout_minutes=0.04, steps=2, save_every=1)
+    env = train.setup(settings)
+    batches = Windows(4, env.data_rank, env.data_world_size)
+    return train.train(model_for(settings), batches, train.next_token_loss, settings, env)["step"]
+
+
+def test_a_slow_disk_is_not_mistaken_for_a_process_that_hangs(tmp_path):
+    tasks = [("slow", task_slow_disk, (str(tmp_path / "run"),))]
+    assert in_processes(2, tasks, timeout=100)["slow"] == [2, 2]
+    assert load_state(tmp_path / "run" / "state")[0] == 2
+
+
 # ---- processes that hang or are lost -----------------------------------------------------------------------
 
 
@@ -302,7 +337,7 @@ def task_hang():
     try:
         env.any(False)
     except RuntimeError as error:
-        return str(lost_process(error, env, 0.05)), time.time() - began
+        return str(lost_process(error, 0.05)), time.time() - began
 
 
 def task_leave():
@@ -314,7 +349,7 @@ def task_leave():
         env.any(False)
         env.any(False)
     except RuntimeError as error:
-        return str(lost_process(error, env, 1)), 0.0
+        return str(lost_process(error, 1)), 0.0
 
 
 @pytest.mark.parametrize("task, words", [(task_hang, "it hangs"), (task_leave, "it ended")])
@@ -323,5 +358,7 @@ def test_a_process_that_hangs_or_is_gone_ends_the_others_with_a_message(task, wo
     assert isinstance(result[0], tuple) and words in result[0][0] and "process 0 of 2" in result[0][0], result
 
 
-def test_an_error_that_has_nothing_to_do_with_processes_is_left_alone():
-    assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), CPU, 1) is None
+def test_an_error_that_has_nothing_to_do_with_processes_is_left_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for text in ("mat1 and mat2 shapes cannot be multiplied", "NCCL error: invalid usage"):
+        assert lost_process(RuntimeError(text), 1) is None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -467,7 +468,7 @@ def test_two_processes_give_the_losses_of_one(shards, tmp_path):
     assert one[-1]["val_bits_per_byte"] == pytest.approx(two[-1]["val_bits_per_byte"], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", [["--data_parallel", "fsdp"], ["--tensor_parallel", "2"]])
+@pytest.mark.parametrize("layout", [["--data_parallel", "fsdp", "--no-reshard"], ["--tensor_parallel", "2"]])
 def test_a_model_that_lies_in_parts_ends_in_the_same_model_folder(finished, shards, tmp_path, layout):
     transformers = pytest.importorskip("transformers")
     # weights are gathered to evaluate, and then to be saved
@@ -597,11 +598,13 @@ def test_nan_on_one_process_stops_both_before_a_weight_is_touched(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same_and_keeps_its_names(shards, tmp_path):
-    run_train(shards, tmp_path / "plain", *SMALL, "--no-compile")
+    run_train(shards, tmp_path / "plain", *SMALL, "--no-compile", "--save_every", "4")
     run_train(shards, tmp_path / "compiled", *SMALL, "--compile")
     for a, b in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
         # float32 in another order
         assert a["loss_nats_per_token"] == pytest.approx(b["loss_nats_per_token"], rel=1e-4)
+    shutil.rmtree(tmp_path / "plain" / "state" / "step_00000012")  # a state moves between the two
+    run_train(shards, tmp_path / "plain", *SMALL, "--compile", "--save_every", "4")
     header = (tmp_path / "compiled" / "model.safetensors").read_bytes()[:8192]
     assert b"_orig_mod" not in header and b"module." not in header
 
@@ -625,13 +628,116 @@ def test_a_wrong_setting_ends_in_one_line(monkeypatch, capsys, shards, tmp_path,
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("arguments, words", [
+    (["--tensor_parallel", "0"], "--tensor_parallel 0 is out of range"),
+    (["--tensor_parallel", "2"], "tensor_parallel 2 does not divide the 1 process"),
+    (["--shard_size", "2"], "--shard_size 2 is for --data_parallel hsdp"),
+    (["--checkpoint_every", "2"], "--checkpoint_every 2 needs --activation_checkpointing"),
+    (["--batch_start", "3"], "batch_start 3 does not divide batch_size 4"),
+    (["--batch_start", "2"], "batch_start 2 needs --ramp_tokens"),
+    (["--ramp_tokens", "1000"], "ramp_tokens 1000 needs --batch_start"),
+    (["--replay", "x"], "--replay is of use with --init_from"),
+    (["--dim", "1000000"], "the weights of this model take"),
+    (["--device", "cuda"], "--device cuda: there is none here"),
+])
+def test_a_layout_or_ramp_that_cannot_be_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, arguments,
+                                                          words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, errors = in_process(monkeypatch, capsys, shards, tmp_path / "run", *SMALL, *arguments)
+    assert code == 2 and words in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_is_never_the_folder_that_is_read(monkeypatch, capsys, finished, shards):
+    before = digest(finished[1])
+    for arguments in (["--overwrite"], []):
+        code, errors = in_process(monkeypatch, capsys, shards, finished[1], "--init_from", str(finished[1]),
+                                  "--seq_len", "32", "--batch_size", "4", "--steps", "2", *arguments)
+        assert code == 2 and "choose another --out" in errors and digest(finished[1]) == before
+
+
+def test_two_commands_at_once_do_not_train_in_one_folder(monkeypatch, capsys, finished, shards, tmp_path):
+    import survive
+    out = copy_of(finished[1], tmp_path)
+    with survive.alone(out):
+        code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4", "--overwrite")
+    assert code == 2 and "another process is training in" in errors and digest(out) == digest(finished[1])
+    code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4")
+    assert code == 0, f"the folder is free again: {errors}"
+
+
+# ---- going on from a model ---------------------------------------------------------------------------------
+
+
+BASE = ["--seq_len", "32", "--batch_size", "4", "--steps", "6", "--precision", "fp32", "--sample_prompts", "def "]
+
+
+def test_init_from_begins_with_that_model_and_watches_old_and_new_text(monkeypatch, capsys, finished, shards,
+                                                                       tmp_path):
+    out = tmp_path / "run"
+    arguments = [*BASE, "--init_from", str(finished[1]), "--replay", str(shards), "--replay_share", "0.5",
+                 "--eval_every", "3", "--lr", "1e-12", "--adam_lr", "0"]
+    code, errors = in_process(monkeypatch, capsys, shards, out, *arguments)
+    assert code == 0, errors
+    from checkpoint import load_model
+    before, after = load_model(finished[1])[0], load_model(out)[0]
+    assert before.config == after.config
+    for (name, p), q in zip(before.named_parameters(), after.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9, msg=name)  # six steps of 1e-12
+    line = log_of(out)[2]
+    assert line["old_val_bits_per_byte"] == pytest.approx(line["val_bits_per_byte"]), "the same text here"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--dim", "32"], "the sizes are that model's; leave --dim out"),
+    (["--tie_embeddings"], "leave --tie_embeddings out"),
+    (["--bigram_steps", "5"], "would write over the embedding"),
+    (["--seq_len", "64"], "seq_len 64 exceeds max_seq_len 32"),
+    (["--objective", "fim"], "knows no tokens for infilling"),
+])
+def test_what_does_not_go_with_init_from_ends_in_one_line(monkeypatch, capsys, finished, shards, tmp_path,
+                                                          arguments, words):
+    code, errors = in_process(monkeypatch, capsys, shards, tmp_path / "run", *BASE, "--init_from",
+                              str(finished[1]), *arguments)
+    assert code == 2 and words in errors and errors.count("\n") == 1, errors
+
+
+def test_init_from_with_shards_of_another_tokenizer_says_how_to_make_them(monkeypatch, capsys, finished, shards,
+                                                                          tmp_path):
+    other = tmp_path / "other"
+    data.prepare(data.Settings(input=(str(shards.parent / "text 1.txt"),), out=str(other), vocab_size=270,
+                               workers=1))
+    code, errors = in_process(monkeypatch, capsys, other, tmp_path / "run", *BASE, "--init_from",
+                              str(finished[1]))
+    assert code == 2 and f"python data.py --tokenizer {finished[1]}" in errors
+
+
+@pytest.mark.parametrize("objective", ["prefix", "fim"])
+def test_the_other_objectives_train_and_end_in_a_model_folder(monkeypatch, capsys, shards, tmp_path, objective):
+    out = tmp_path / "run"
+    code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--objective", objective)
+    assert code == 0, errors
+    from checkpoint import load_model
+    model, tokenizer = load_model(out)
+    assert ("<|fim_middle|>" in tokenizer.special_tokens) == (objective == "fim")
+    assert model.config.vocab_size == tokenizer.vocab_size
+
+
+def test_a_dry_run_writes_nothing(monkeypatch, capsys, shards, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(shards), "--out", str(tmp_path / "run"),
+                                      "--preset", "7b", "--dry_run"])
+    config.run(train.main)
+    said = capsys.readouterr().out
+    assert "moments" in said and "GiB" in said and not (tmp_path / "run").exists()
+
+
 def test_a_missing_data_folder_names_the_remedy(monkeypatch, capsys, tmp_path):
     code, errors = in_process(monkeypatch, capsys, tmp_path / "nowhere", tmp_path / "run", *SMALL)
     assert code == 2 and "python data.py --out" in errors and not (tmp_path / "run").exists()
 
 
 def copy_of(shards, tmp_path):
-    import shutil
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 

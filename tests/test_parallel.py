@@ -47,8 +47,8 @@ OPTIMIZERS = ("muon", "adamw", "adafactor")
 
 def settings_for(**changes):
     return train.Settings(**{"preset": "tiny", "dim": 32, "n_heads": 4, "n_kv_heads": 2, "seq_len": 16,
-                             "batch_size": 8, "steps": STEPS, "device": "cpu", "lr": 0.01, "adam_lr": 3e-3,
-                             "timeout_minutes": 2.0, **changes})
+                             "batch_size": 8, "steps": STEPS, "device": "cpu", "precision": "fp32",
+                             "lr": 0.01, "adam_lr": 3e-3, "timeout_minutes": 2.0, **changes})
 
 
 def model_for(settings, seed=0):

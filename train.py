@@ -47,7 +47,7 @@ from watch import Log, Profile, describe, dry_run, free_memory, log_line, out_of
 
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
     "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
-    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=128, batch_size=16, steps=900, lr=0.02,
+    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=128, batch_size=16, steps=900, lr=0.04,
                   adam_lr=8e-3, bigram_steps=50),
     "124m": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, batch_size=512, steps=5000, lr=0.02,
                  adam_lr=1e-3),

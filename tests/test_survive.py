@@ -359,7 +359,7 @@ def task_leave():
 
 @pytest.mark.parametrize("task, words", [(task_hang, "it hangs"), (task_leave, "it ended")])
 def test_a_process_that_hangs_or_is_gone_ends_the_others_with_a_message(task, words):
-    result = in_processes(2, [("task", task, ())], timeout=60)["task"]
+    result = in_processes(2, [("task", task, ())], timeout=20)["task"]
     assert isinstance(result[0], tuple) and words in result[0][0] and "process 0 of 2" in result[0][0], result
 
 

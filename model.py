@@ -457,7 +457,7 @@ def estimate_memory(config: ModelConfig, batch_size: int, seq_len: int, *, optim
     held["activations"] = tokens * (kept + ends) + 4 * seq_len * config.head_dim  # rotary angles
     C, V = config.dim, config.vocab_size / tensor_parallel
     if chunked_loss:  # hidden states, their gradient and the head's, what a chunk adds to it, and chunks
-        rows = min(tokens, max(1, chunk // V))
+        rows = min(tokens, max(2 * C, chunk // V))
         chunks = (8 - width) * rows
         held["logits"] = 2 * stream * tokens * C + (4 + width) * V * C + V * chunks
     else:  # what the head multiplies; the log-softmax, and on the way back two gradients

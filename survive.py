@@ -191,7 +191,7 @@ class Run:
         tensors = {group: {name: Parted(tensor, self.group, self.copy(tensor))
                            for name, tensor in named.items()}
                    for group, named in named_tensors(self.model, self.optimizer).items()}
-        # daemon: where the run ends in an error, half a state is no reason to stay
+        # daemon: where one of several processes ends in an error, half a state is no reason to stay
         self.thread = threading.Thread(target=self.write, args=(self.step, tensors, extra), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
@@ -223,6 +223,14 @@ class Run:
             self.thread, error, self.error = None, self.error, None
             if self.env.any(error is not None, patient=True):
                 raise error or SystemExit(2)
+
+    def close(self):
+        """Leave no thread behind that writes: whoever trains on in this process would meet it.
+
+        A process alone finishes its state. Of several, one may wait for another that is gone: none waits.
+        """
+        if self.thread is not None and self.env.world_size == 1:
+            self.thread.join()
 
     def news(self) -> dict:
         """For the log: how long the last save stopped training, and how often the run went back."""

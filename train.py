@@ -298,7 +298,7 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
     validation = {"": validation} if validation and not isinstance(validation, dict) else validation
     run, log = begin(model, settings, env, tokenizer, corpus or {})
     profiling = Profile(run.folder, settings.profile, env)
-    with contextlib.closing(log), stop_signals() as stop, profiling as profile:
+    with contextlib.closing(run), contextlib.closing(log), stop_signals() as stop, profiling as profile:
         with progress_bar(run.step, settings.steps, env) as progress:
             while run.step < settings.steps:
                 try:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import config
 import data
 import objectives
+import survive
 import train
 from config import UserError
 from model import ModelConfig, Transformer
@@ -324,6 +325,27 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(tmp_path, optim
     for group in ("model.safetensors", "optimizer.safetensors"):
         assert Path(parts.out, "state", states[-1], group).read_bytes() == \
             Path(whole.out, "state", states[-1], group).read_bytes()
+
+
+def test_a_run_that_ends_in_an_error_leaves_no_thread_behind_that_writes(tmp_path, monkeypatch):
+    class Broken(FixedBatches):
+        def at(self, step):
+            if step == 5:
+                raise KeyboardInterrupt
+            return super().at(step)
+
+    def slowly(*args, whole=survive.save_state, **options):
+        time.sleep(0.3)  # far longer than the steps that follow the save
+        whole(*args, **options)
+
+    monkeypatch.setattr(survive, "save_state", slowly)
+    settings = settings_for(tmp_path, save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(small_model(), Broken(), train.next_token_loss, settings, CPU)
+    before = sorted(Path(settings.out, "state").rglob("*"))
+    assert Path(settings.out, "state", "step_00000005") in before, "the save that had begun was not finished"
+    time.sleep(0.5)
+    assert sorted(Path(settings.out, "state").rglob("*")) == before
 
 
 def test_a_tied_model_is_still_tied_after_going_on(tmp_path):

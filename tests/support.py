@@ -1,0 +1,42 @@
+"""What several of the tests need: models in which every weight matters, and numbers from a seed."""
+from dataclasses import replace
+
+import torch
+
+from model import ModelConfig, Transformer
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def random_ids(*shape, vocab_size=50, seed=0):
+    return torch.randint(vocab_size, shape, generator=seeded(seed))
+
+
+def random_model(**changes) -> Transformer:
+    """A TINY model in which every weight matters: those that start at zero or one are random too."""
+    model, generator = Transformer(replace(TINY, **changes)), seeded(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.2, generator=generator)
+    return model.eval()
+
+
+VARIANTS = [{}, dict(n_kv_heads=4), dict(n_kv_heads=1), dict(tie_embeddings=True), dict(qk_norm=True),
+            dict(attention_bias=True), dict(head_dim=12),
+            dict(head_dim=6, qk_norm=True, attention_bias=True, tie_embeddings=True, n_kv_heads=1)]
+
+
+def two_documents():
+    """ids (1, 10): documents of 4 and 6 tokens; positions that begin anew; mask (1, 10, 10)."""
+    document = torch.tensor([0] * 4 + [1] * 6)
+    mask = torch.ones(10, 10, dtype=torch.bool).tril() & (document == document[:, None])
+    return random_ids(1, 10), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), mask[None]

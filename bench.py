@@ -1,7 +1,9 @@
 """How fast this is, as ratios: each figure beside that of a named peer, measured in the same run, in turns.
 
     python bench.py                       # all that a CPU can measure; three minutes on two cores
-    python bench.py --only training       # one of: training, loss, sharding, gpu
+    python bench.py --only training       # one of: training, loss, sharding, decoding, memory, gpu
+    python bench.py --only decoding       # tokens a second of generate; three minutes
+    python bench.py --only memory         # estimated and measured peaks of a training step; three minutes
     python bench.py --only gpu            # MFU at 124 M and 1 B parameters, beside transformers' on that GPU
 
 Peers are test dependencies (requirements-dev.txt). Every figure is a median over alternating rounds; a
@@ -23,15 +25,17 @@ from tqdm import tqdm
 
 import train
 from config import UserError, parse, require, run
-from model import Transformer, count_parameters, estimate_flops
+from checkpoint import load_model
+from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
 from objectives import linear_cross_entropy, next_token_loss
-from parallel import Env, choose_precision, measure_peak, parallelize, setup
+from parallel import Compute, Env, choose_precision, measure_peak, parallelize, setup
 from survive import local_part
 
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "gpu", "held"] = "all"  # all: what needs no GPU
+    only: Literal["all", "training", "loss", "sharding", "decoding", "memory", "gpu", "held"] = "all"  # all
+        # that needs no GPU and shows speed
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
 
@@ -43,8 +47,9 @@ def main():
     settings = parse(Settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    measures = {"training": training, "loss": loss, "sharding": sharding, "gpu": gpu, "held": held_bytes}
-    chosen = [training, loss, sharding] if settings.only == "all" else [measures[settings.only]]
+    measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
+                "memory": memory, "gpu": gpu, "held": held_bytes}
+    chosen = [training, loss, sharding, decoding] if settings.only == "all" else [measures[settings.only]]
     for measure in chosen:
         measure(settings.rounds)
 
@@ -107,16 +112,8 @@ def random_batch(config, settings, env, rows: int | None = None):
 
 def peer_step(config, settings, env, rows: int | None = None, attention: str = "eager"):
     """The same step by transformers: its Llama, cross-entropy, torch's clipping and fused AdamW."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
-        tie_word_embeddings=config.tie_embeddings, attn_implementation=attention)).to(env.device).train()
+    model = peer_model(config, attention).to(env.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     inputs, targets = random_batch(config, settings, env, rows)
 
@@ -128,6 +125,20 @@ def peer_step(config, settings, env, rows: int | None = None, attention: str = "
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return step
+
+
+def peer_model(config: ModelConfig, attention: str):
+    """transformers' Llama of the same sizes."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings, eos_token_id=None,
+        attn_implementation=attention))
 
 
 # ---- the loss that holds no logits -------------------------------------------------------------------------
@@ -167,13 +178,17 @@ def loss_step(kind: str, width: int):
 
 def peak_of(kind: str, width: int) -> float:
     """MiB of memory that one step takes at its peak beyond its inputs, in a fresh process."""
-    code = (f"import bench\nbench.torch.set_num_threads({torch.get_num_threads()})\n"
-            f"bench.loss_inputs({width})\n"
-            f"before = bench.resident_peak(); bench.loss_step({kind!r}, {width})\n"
-            f"print(bench.resident_peak() - before)")
+    return in_a_fresh_process(f"bench.loss_inputs({width})\n"
+                              f"before = bench.resident_peak(); bench.loss_step({kind!r}, {width})\n"
+                              f"print(bench.resident_peak() - before)") / 2 ** 20
+
+
+def in_a_fresh_process(code: str, **environment) -> int:
+    """The number that the code prints."""
+    code = f"import bench\nbench.torch.set_num_threads({torch.get_num_threads()})\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=os.path.dirname(os.path.abspath(__file__)))
-    return int(done.stdout) / 2 ** 20
+                          cwd=os.path.dirname(os.path.abspath(__file__)), env={**os.environ, **environment})
+    return int(done.stdout)
 
 
 def resident_peak() -> int:
@@ -183,6 +198,126 @@ def resident_peak() -> int:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- peak memory, estimated and measured ------------------------------------------------------------------
+
+MEMORY_SIZES = {  # what takes most: the model, and (windows, tokens a window)
+    "weights": (dict(vocab_size=8192, dim=512, n_layers=8, n_heads=8), (1, 128)),
+    "logits": (dict(vocab_size=16384, dim=384, n_layers=2, n_heads=6), (4, 256)),
+    "activations": (dict(vocab_size=2048, dim=384, n_layers=8, n_heads=6, qk_norm=True), (4, 256)),
+    "mixed": (dict(vocab_size=8192, dim=384, n_layers=6, n_heads=6, n_kv_heads=2, tie_embeddings=True),
+              (4, 256)),
+}
+
+
+def memory(rounds: int):
+    """Peak memory of training, in MiB, beside costs.estimate_memory: what tensors hold at most at once.
+
+    glibc keeps freed pieces of up to 32 MiB for later, and cuts them small: for models of this size that adds
+    up to a half. So it is told to give back what a tensor held; "by default" is the peak without that.
+    Tensors beyond 32 MiB are given back anyway.
+    """
+    print(f"peak of a training step, MiB: AdamW, fp32, {torch.get_num_threads()} threads")
+    for size, (shape, (rows, length)) in MEMORY_SIZES.items():
+        config = ModelConfig(**shape)
+        for kind in ("none", "full"):
+            for chunked in (True, False):
+                code = f"print(bench.training_peak({size!r}, {kind!r}, {chunked}))"
+                estimate = estimate_memory(config, rows, length, activation_checkpointing=kind,
+                                           chunked_loss=chunked)["total"]
+                peak = in_a_fresh_process(code, MALLOC_MMAP_THRESHOLD_="65536")
+                default = in_a_fresh_process(code) if (kind, chunked) == ("none", True) else None
+                print(f"  {count_parameters(config):>10,} parameters, {size:<13}recomputed {kind:<6}"
+                      f"{'chunked' if chunked else 'plain':<7} loss{estimate / 2 ** 20:>10,.0f} estimated"
+                      f"{peak / 2 ** 20:>6,.0f} measured, ratio {estimate / peak:.2f}"
+                      + (f"; by default {default / 2 ** 20:,.0f}" if default else ""), flush=True)
+
+
+def training_peak(size: str, kind: str, chunked: bool) -> int:
+    """Bytes beyond what stood before the model, at the peak of two steps, the second of two micro-batches.
+
+    The first takes the optimizer's moments, and a first micro-batch has no gradients beside it yet. A tiny
+    model goes before, as a library's pages and buffers are taken when they are first used.
+    """
+    shape, (rows, length) = MEMORY_SIZES[size]
+    settings = train.Settings(optimizer="adamw", lr=1e-3, device="cpu", seq_len=length)
+    env = Env(torch.device("cpu"), compute=Compute(activation_checkpointing=kind))
+    loss_fn = functools.partial(next_token_loss, chunked=chunked)
+    for config in (ModelConfig(vocab_size=64, dim=64, n_layers=2, n_heads=2), ModelConfig(**shape)):
+        before = resident_peak()
+        model = parallelize(Transformer(config).train(), env)
+        optimizer = train.make_optimizer(model, settings)
+        batch = random_batch(config, settings, env, rows)
+        for micro_batches in (1, 2):
+            train.update(model, optimizer, [batch] * micro_batches, loss_fn, settings, env, 1e-3)
+    return resident_peak() - before
+
+
+# ---- generation, beside transformers' ----------------------------------------------------------------------
+
+DECODER = ModelConfig(vocab_size=8192, dim=512, n_layers=8, n_heads=8, ffn_dim=1408, tie_embeddings=True)
+
+
+def decoding(rounds: int):
+    """Tokens a second of generate, greedy, beside transformers' with equal weights; and where time goes."""
+    rounds = max(3, rounds // 2)
+    ours = Transformer(DECODER).eval()
+    for parameter in ours.parameters():  # else what begins at zero would give each token alike
+        torch.nn.init.normal_(parameter.data, mean=float(parameter.dim() == 1), std=0.05)
+    theirs = peer_model(DECODER, "sdpa").eval()
+    theirs.load_state_dict(ours.state_dict())
+    print(f"generation, {count_parameters(DECODER):,} parameters, {torch.get_num_threads()} threads")
+    for precision in dict.fromkeys(("fp32", choose_precision("auto", torch.device("cpu"))[0])):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+        for batch, prompt, new in ((1, 64, 128), (16, 64, 128), (1, 512, 1), (4, 512, 1)):
+            ids = torch.randint(DECODER.vocab_size, (batch, prompt))
+            seconds = against_peer(rounds, ours, theirs, ids, new)
+            tokens = batch * (new if new > 1 else prompt)
+            print(f"  {precision}, batch {batch:>2}, {prompt} tokens read, {new:>3} written: "
+                  f"{tokens / seconds['ours']:>7,.0f} tokens/s, transformers "
+                  f"{tokens / seconds['transformers']:>7,.0f}: "
+                  f"{seconds['transformers'] / seconds['ours']:.2f} x")
+            if batch == 1 and new > 1:
+                where_time_goes(ours, seconds["ours"] / new)
+        guessing(rounds, ours)
+    if os.path.isdir("runs/base"):
+        model, tokenizer = load_model("runs/base")
+        guessing(rounds, model, tokenizer.encode("def read(self, size=-1):\n    "))
+
+
+def against_peer(rounds: int, ours, theirs, ids, new: int) -> dict[str, float]:
+    given = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
+    return alternate(rounds, ours=lambda: generate(ours, ids, new, temperature=0),
+                     transformers=lambda: theirs.generate(ids, max_new_tokens=new, **given))
+
+
+def where_time_goes(model: Transformer, seconds: float):
+    """Reading each weight once is the least that a token can take."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if not model.config.tie_embeddings:
+        weights -= model.model.embed_tokens.weight.nbytes  # a row is read, no more
+    block = torch.ones(2 ** 26)  # 256 MiB: more than a cache holds
+    bandwidth = block.nbytes / alternate(5, sum=block.sum)["sum"]
+    print(f"    a token reads {weights / 1e6:.0f} MB of weights; at the {bandwidth / 1e9:.0f} GB/s at which "
+          f"this machine sums a large tensor that takes {weights / bandwidth * 1e3:.1f} ms of its "
+          f"{seconds * 1e3:.1f}, {weights / bandwidth / seconds:.0%}; the rest: attention, norms, calls, the "
+          f"prompt, and packing the weights")
+
+
+def guessing(rounds: int, model: Transformer, prompt: list[int] | None = None):
+    """Tokens a second with and without guesses of four tokens, copied from the text so far."""
+    ids = [prompt] if prompt else torch.randint(model.config.vocab_size, (1, 32)).repeat(1, 4).tolist()
+    new, passes = min(128, model.config.max_seq_len - len(ids[0])), []
+    hook = model.model.register_forward_hook(lambda *_: passes.append(1))
+    generate(model, ids, new, temperature=0, speculate=4)
+    hook.remove()
+    seconds = alternate(rounds, plain=lambda: generate(model, ids, new, temperature=0),
+                        guessed=lambda: generate(model, ids, new, temperature=0, speculate=4))
+    text = "a Python function by runs/base" if prompt else "what random weights say, a loop"
+    print(f"    with guesses, {text}: {new / len(passes):.2f} tokens a pass, "
+          f"{seconds['plain'] / seconds['guessed']:.2f} x the speed without")
 
 
 # ---- what a process holds under FSDP -----------------------------------------------------------------------

@@ -31,6 +31,7 @@ import sys
 import sysconfig
 import threading
 import time
+import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -58,7 +59,14 @@ PATTERN = "|".join([
     r"\s+",
 ])
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2's: digits are taken out one by one first, so spaces before one stand at the end of their text
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # GPT-2's, Qwen's and ours; Llama 3's; Llama 2's
 BYTES = [bytes([value]) for value in range(256)]
+
+
+class Unsupported(UserError):
+    """A tokenizer file that is in order, but of a kind that cannot be read here."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,6 +231,22 @@ def split_stream(chunks: Iterable[str], pattern: str, window=WINDOW) -> Iterator
     yield findall("".join(waiting))
 
 
+# Characters that change nothing before them in NFC: neither a mark nor a letter that may join another (Lo)
+FIRM = regex.compile(r"(?r)[^\p{M}\p{Lo}\p{Cn}]|[\p{Han}\p{Hiragana}\p{Katakana}--\p{M}]", regex.V1)
+
+
+def normalize_stream(chunks: Iterable[str]) -> Iterator[str]:
+    """A text that comes in chunks, in Unicode's form NFC; what the text behind may still change waits."""
+    waiting = ""
+    for chunk in chunks:
+        waiting += checked_text(chunk)
+        last = FIRM.search(waiting)  # (?r): from the end
+        end = last.start() if last else 0
+        yield unicodedata.normalize("NFC", waiting[:end])
+        waiting = waiting[end:]
+    yield unicodedata.normalize("NFC", waiting)
+
+
 def split(text: str, pattern: str) -> Iterator[list[str]]:
     """Lists of the pre-tokens of a text, a window at a time: all of them take 20 times the text's memory."""
     return split_stream((text[i:i + WINDOW] for i in range(0, len(text), WINDOW)), pattern)
@@ -329,14 +353,21 @@ class Tokenizer:
     merges: list of (bytes, bytes), in order of creation. special_tokens: texts, which get the ids behind the
     merges, or {text: id}. pattern: a regular expression of the `regex` package, whose matches are the
     pre-tokens. vocab: {id: bytes} for the bytes and merges of a tokenizer that numbers them otherwise
-    (GPT-2's). Attributes: merges, pattern; special_tokens {text: id}; vocab {id: bytes}, special tokens
-    included; vocab_size, the rows of an embedding; dtype, the smallest numpy type for the ids: uint16 for up
-    to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens, a token or id that stands
-    twice, an empty special token, a bad pattern.
+    (GPT-2's). nfc: text is brought into Unicode's form NFC first (Qwen's), and comes back in it.
+    ignore_merges: a pre-token that is a token is not merged from its bytes (Llama 3's). shown: those of the
+    special tokens that a reader is meant to see (Qwen3's <think>), which is only recorded here.
+    Attributes: merges, pattern, nfc, ignore_merges, shown; special_tokens {text: id}; vocab {id: bytes},
+    special tokens included; vocab_size, the rows of an embedding; dtype, the smallest numpy type for the ids:
+    uint16 for up to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens, a token or id
+    that stands twice, an empty special token, a bad pattern.
     """
+    eos_token = None  # the special token at which generation ends; None: the one that ends a document
+    chat_template = None  # Jinja, for transformers. Both stand in a model's folder, not in tokenizer.json
 
-    def __init__(self, merges, special_tokens=(), pattern=PATTERN, vocab=None):
+    def __init__(self, merges, special_tokens=(), pattern=PATTERN, vocab=None, nfc=False, ignore_merges=False,
+                 shown=()):
         self.merges, self.pattern = [(bytes(left), bytes(right)) for left, right in merges], pattern
+        self.nfc, self.ignore_merges, self.shown = nfc, ignore_merges, tuple(shown)
         compile_pattern(pattern)
         if vocab is None:
             vocab = dict(enumerate(BYTES + [left + right for left, right in self.merges]))
@@ -350,6 +381,7 @@ class Tokenizer:
         self._byte_ids = [ids[byte] for byte in BYTES]
         self._ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(self.merges)}
         self._results = [ids[left + right] for left, right in self.merges]
+        self._whole = ids if ignore_merges else {}
         self._special = compile_special(self.special_tokens)
         self._cache = PieceCache(self._encode_piece)
 
@@ -377,10 +409,12 @@ class Tokenizer:
     def encode(self, text: str, allow_special=False) -> list[int]:
         """The ids of a text. A special token spelled in it stays ordinary text, unless allow_special is true.
 
-        Any text comes back from decode as it was. Lone surrogates in a str are not text: they become U+FFFD.
+        Any text comes back from decode as it was (with nfc: in that form). Lone surrogates in a str are not
+        text: they become U+FFFD. No beginning-of-text token is added, even where the file has a template.
         """
         text = checked_text(text)
         if not allow_special:
+            text = unicodedata.normalize("NFC", text) if self.nfc else text
             return list(chain.from_iterable(map(self._ids, split(text, self.pattern))))
         ids, end = [], 0
         for match in self._special.finditer(text):
@@ -400,7 +434,7 @@ class Tokenizer:
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[int]:
         """The ids of a text that comes in chunks: encode("".join(chunks)), in the memory of a window."""
-        for pieces in split_stream(chunks, self.pattern):
+        for pieces in split_stream(normalize_stream(chunks) if self.nfc else chunks, self.pattern):
             yield from self._ids(pieces)
 
     def _ids(self, pieces: list[str]) -> Iterator[int]:
@@ -409,7 +443,10 @@ class Tokenizer:
     def _encode_piece(self, piece: str) -> list[int]:
         if not piece:
             raise matches_empty(self.pattern)
-        ids = [self._byte_ids[value] for value in piece.encode()]
+        data = piece.encode()
+        if data in self._whole:
+            return [self._whole[data]]
+        ids = [self._byte_ids[value] for value in data]
         return (merge_ids if len(ids) < LONG else merge_long)(ids, self._ranks, self._results)
 
     def decode_bytes(self, ids) -> bytes:
@@ -438,7 +475,16 @@ class Tokenizer:
         """SHA-256 of everything that decides the ids: equal for equal tokenizers, wherever they come from."""
         content = [self.pattern, [[left.hex(), right.hex()] for left, right in self.merges],
                    [[id, token.hex()] for id, token in self.vocab.items()], list(self.special_tokens.items())]
+        content += ["nfc"] * self.nfc + ["ignore_merges"] * self.ignore_merges
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def with_special_tokens(self, texts):
+        """The tokenizer with those of the texts that it lacks as special tokens at its end: old ids stay."""
+        missing = [text for text in texts if text not in self.special_tokens]
+        if not missing:
+            return self
+        added = {text: id for id, text in enumerate(missing, self.vocab_size)}
+        return Tokenizer(self.merges, self.special_tokens | added, *self._settings())
 
     def ordinary_vocab(self) -> dict[int, bytes]:
         """The vocabulary without the special tokens."""
@@ -446,7 +492,10 @@ class Tokenizer:
         return {id: token for id, token in self.vocab.items() if id not in special_ids}
 
     def __reduce__(self):  # what a process is sent: the tokenizer without its cache
-        return Tokenizer, (self.merges, self.special_tokens, self.pattern, self.ordinary_vocab())
+        return Tokenizer, (self.merges, self.special_tokens, *self._settings())
+
+    def _settings(self):
+        return self.pattern, self.ordinary_vocab(), self.nfc, self.ignore_merges, self.shown
 
     def save(self, path):
         """Write the tokenizer.json of Hugging Face tokenizers, whole or not at all.
@@ -458,7 +507,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """The tokenizer in a tokenizer.json of byte-level BPE. Raises UserError for other kinds, by name."""
+        """The tokenizer in a tokenizer.json of byte-level BPE: GPT-2's, Llama 3's, SmolLM2's, Qwen's, ours.
+
+        Raises Unsupported for other kinds, by name, and UserError for broken files. The file's template for
+        what stands before and after a text is not read: `encode` adds nothing.
+        """
         with reading(path, "a tokenizer.json"):
             return cls(**from_hugging_face(json.loads(Path(path).read_text(encoding="utf-8"))))
 
@@ -502,8 +555,8 @@ def check_vocabulary(vocab, ids, merges):
     if len(ids) < len(vocab):
         raise UserError(f"the token {most_frequent(vocab.values())!r} stands twice in the vocabulary")
     if missing := [byte for byte in BYTES if byte not in ids]:
-        raise UserError(f"the vocabulary lacks {len(missing)} of the 256 bytes, {missing[0]!r} first, "
-                        f"so some text has no ids")
+        raise Unsupported(f"the vocabulary lacks {len(missing)} of the 256 bytes, {missing[0]!r} first, "
+                          f"so some text has no ids")
     if len(set(merges)) < len(merges):
         raise UserError(f"the merge {most_frequent(merges)} stands twice")
     for left, right in merges:
@@ -574,58 +627,80 @@ def from_visible(ids: dict[str, int], merges, special_tokens: dict[str, int]) ->
     return {"merges": merges, "special_tokens": special_tokens, "vocab": vocab}
 
 
+def number_added_tokens(texts, ids: dict[str, int]) -> dict[str, int]:
+    """{text: id} of added tokens as `tokenizers` numbers them, whatever ids their file gives them: those that
+    the vocabulary knows, as it does, and each other one behind all before it.
+    """
+    added, free = {}, len(ids)
+    for text in texts:
+        added[text] = ids.get(text, free)
+        free = max(free, added[text] + 1)
+    return added
+
+
 def to_hugging_face(tokenizer) -> dict:
     """The content of tokenizer.json."""
     cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": id, "content": text, **flags} for text, id in tokenizer.special_tokens.items()]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special_tokens = tokenizer.special_tokens
+    added = [{"id": id, "content": text, **flags, "special": text not in tokenizer.shown}
+             for text, id in special_tokens.items()]
     vocab = {to_alphabet(token): id for id, token in tokenizer.ordinary_vocab().items()}
+    if number_added_tokens(special_tokens, vocab) != special_tokens:
+        vocab |= special_tokens
     merges = [[to_alphabet(left), to_alphabet(right)] for left, right in tokenizer.merges]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
         "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": False, "vocab": vocab, "merges": merges},
+                  "ignore_merges": tokenizer.ignore_merges, "vocab": vocab, "merges": merges},
     }
 
 
 def from_hugging_face(content) -> dict:
-    """The arguments of Tokenizer. Raises UserError for all that would give other ids here, by its name."""
+    """The arguments of Tokenizer. Raises Unsupported for all that would give other ids here, by its name."""
     model, added = content["model"], content.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE":
-        raise UserError(f"its model is {model['type']}; only byte-level BPE can be read")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
-                 "ignore_merges"):
+        raise Unsupported(f"its model is {model['type']}; only byte-level BPE can be read")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
-            raise UserError(f"its model has {name} {model[name]}, which is not supported")
-    if content.get("normalizer"):
-        raise UserError(f"its normalizer {content['normalizer']['type']} is not supported; it changes text")
+            raise Unsupported(f"its model has {name} {model[name]}, which is not supported")
+    normalizer = content.get("normalizer")
+    if normalizer and normalizer["type"] != "NFC":
+        raise Unsupported(f"its normalizer {normalizer['type']} is not supported; it changes text")
     for token in added:
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
-                raise UserError(f"its added token {token['content']!r} has {flag}, which is not supported")
-    special_tokens = {token["content"]: token["id"] for token in added}
+                raise Unsupported(f"its added token {token['content']!r} has {flag}, which is not supported")
+    special_tokens = number_added_tokens([token["content"] for token in added], model["vocab"])
     if len(special_tokens) < len(added):
         raise UserError("one of its added tokens stands twice")
     pattern = split_pattern(content["pre_tokenizer"])
-    return {**from_visible(model["vocab"], model["merges"], special_tokens), "pattern": pattern}
+    return {**from_visible(model["vocab"], model["merges"], special_tokens), "pattern": pattern,
+            "nfc": bool(normalizer), "ignore_merges": bool(model.get("ignore_merges")),
+            "shown": [token["content"] for token in added if not token.get("special", True)]}
 
 
 def split_pattern(pre_tokenizer) -> str:
-    """The pattern of Split before ByteLevel, or GPT-2's, which ByteLevel alone brings with it."""
+    """The pattern of Split before ByteLevel, or GPT-2's, which ByteLevel alone, or behind Digits, implies."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     match steps:
         case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
             return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
+            return DIGITS_PATTERN
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return pattern
     kinds = " + ".join(step["type"] for step in steps) or "that is missing"
-    raise UserError(f"its pre_tokenizer {kinds} is not supported in this form; wanted is ByteLevel alone, or "
-                    f"after an Isolated Split by a regular expression; without add_prefix_space")
+    raise Unsupported(f"its pre_tokenizer {kinds} is not supported in this form; wanted is ByteLevel, alone, "
+                      f"after individual Digits, or after an Isolated Split by a regular expression; without "
+                      f"add_prefix_space")
 
 
 @contextlib.contextmanager
@@ -634,7 +709,7 @@ def reading(path, kind):
     try:
         yield
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not {kind}: {type(error).__name__}: {error}") from None
 

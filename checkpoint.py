@@ -4,8 +4,9 @@ A pickle runs whatever code it carries when it is opened, and a flipped bit insi
 So:
 1. tensors are safetensors files (https://huggingface.co/docs/safetensors), written and read by hand: 8 bytes
    of length, a JSON header, raw little-endian bytes. The header is checked before memory is taken.
-2. a model is a Hugging Face folder: transformers opens what we save, and its Llama and Qwen3 folders open
-   here. The parameters of model.py carry Hugging Face's names, so nothing is converted but config.json.
+2. a model is a Hugging Face folder: transformers opens what we save, and its folders of the Llama, Mistral,
+   Qwen2 and Qwen3 kinds open here. The parameters of model.py carry Hugging Face's names, so nothing is
+   converted but config.json: see families.py.
 3. the state of a run is a folder with a checksum for each file. Whenever the process is killed, it is whole
    or absent.
 
@@ -19,15 +20,17 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bpe import Tokenizer
+import families
+import metaspace
+from bpe import END_OF_TEXT, Tokenizer, Unsupported
 from config import UserError, open_whole, sync_folder
 from model import ModelConfig, Transformer
 
@@ -121,7 +124,7 @@ def read_header(path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def without_duplicates(pairs: list[tuple]) -> dict:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("its header names something twice")
+        raise ValueError("it names something twice")
     return dict(pairs)
 
 
@@ -141,64 +144,45 @@ def checked_entry(name: str, info, data_start: int) -> Entry:
     return Entry(DTYPES[dtype], tuple(shape), data_start + start, data_start + end)
 
 
-def read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
-    data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-    file.seek(entry.start)
-    if file.readinto(data.numpy()) != len(data):
-        raise UserError(f"{file.name} became shorter while it was read")
-    return data.view(entry.dtype).reshape(entry.shape)
+def mapped_tensor(path, entry: Entry) -> Tensor:
+    """A tensor of a safetensors file, mapped: a page is read where one looks, and goes with the tensor.
 
-
-def each_tensor(path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) after tensor, in CPU memory, in the order they lie in the file."""
-    entries, _ = read_header(path)
-    with open(path, "rb") as file:
-        for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-            yield name, read_tensor(file, entry)
+    What is written into it stays in memory.
+    """
+    if entry.start == entry.end:  # nothing cannot be mapped
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    data = np.memmap(path, np.uint8, mode="c", offset=entry.start, shape=entry.end - entry.start)
+    return torch.from_numpy(data).view(entry.dtype).reshape(entry.shape)  # c: torch knows no read-only memory
 
 
 def mapped_tensors(path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name, without reading them: a page is read where it is looked at.
-
-    What is written into them stays in memory.
-    """
+    """All tensors of a safetensors file, by name, as mapped_tensor gives them, but in one map."""
     entries, _ = read_header(path)
-    data = np.memmap(path, np.uint8, mode="c")  # c: a copy of what is written to; torch knows no read-only
+    data = np.memmap(path, np.uint8, mode="c")
     return {name: torch.from_numpy(data[entry.start:entry.end]).view(entry.dtype).reshape(entry.shape)
             for name, entry in entries.items()}
 
 
 def read_tensors(path, device="cpu") -> dict[str, Tensor]:
     """All tensors of a safetensors file, by name. Raises UserError, naming the file and what is wrong."""
-    return {name: tensor.to(device) for name, tensor in each_tensor(path)}
+    return {name: mapped_tensor(path, entry).to(device, copy=True)
+            for name, entry in read_header(path)[0].items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Models: a Hugging Face folder
 
-FIELDS = {  # of ModelConfig: what config.json calls them
-    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "ffn_dim": "intermediate_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias",
-}
-TYPES = {"norm_eps": float, "tie_embeddings": bool, "attention_bias": bool}  # the others are integers
-COMMON = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-          "attention_bias": False}
-DEFAULTS = {  # what each architecture means where its config.json is silent
-    "LlamaForCausalLM": {**COMMON, "head_dim": None, "max_position_embeddings": 2048},
-    "Qwen3ForCausalLM": {**COMMON, "head_dim": 128, "max_position_embeddings": 32768},  # Llama with qk_norm
-}
-ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}
 METADATA = {"format": "pt"}  # in model.safetensors: transformers opens no file without it
+INDEX = "model.safetensors.index.json"  # of a model in several files: which tensor is in which
 UNUSED = "rotary_emb.inv_freq"  # old Llama folders hold these tensors; model.py computes them
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_token: str = "<|endoftext|>",
-               tensors: Mapping[str, Tensor] | None = None):
+def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_token: str | None = None,
+               tensors: Mapping[str, Tensor] | None = None, chat_template: str | None = None):
     """Write config.json, model.safetensors and the tokenizer's files into a folder, as transformers does.
 
-    eos_token: the special token at which generation ends; recorded where the tokenizer has it.
+    eos_token: the special token at which generation ends; recorded where the tokenizer has it. chat_template:
+    a Jinja template for conversations. Default for both is what the tokenizer has by these names.
     tensors: the weights, where others than the model's own are to be written (see write_tensors): those of a
     model that lies in parts, say; default model.state_dict(). Other files in the folder stay. All is written
     beside the old files first, so a full disk loses nothing; then config.json goes first and comes last, so a
@@ -210,7 +194,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
     shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
     staging.mkdir(parents=True)
     try:
-        write_model(model, tokenizer, staging, eos_token, tensors)
+        write_model(model, tokenizer, staging, eos_token, tensors, chat_template)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)  # a full disk has its space back
         raise
@@ -222,8 +206,8 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
     staging.rmdir()
 
 
-def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, eos_token: str,
-                tensors: Mapping[str, Tensor] | None):
+def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, eos_token: str | None,
+                tensors: Mapping[str, Tensor] | None, chat_template: str | None):
     config, tensors = model.config, dict(model.state_dict() if tensors is None else tensors)
     expected = empty_model(config).state_dict().keys()
     if config.tie_embeddings:
@@ -232,52 +216,61 @@ def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, e
         tensors.pop("lm_head.weight", None)
     changed = tensors.keys() ^ expected
     assert not changed, f"the model has been changed ({some(sorted(changed))}): merge its adapters first"
+    families.to_hugging_face(config)  # what no family can say is told before the work
     write_tensors(folder / "model.safetensors", tensors, metadata=METADATA)
-    write_settings(model, tokenizer, folder, eos_token)
+    write_settings(model, tokenizer, folder, eos_token, chat_template)
 
 
 def write_settings(model: Transformer, tokenizer: Tokenizer | None, folder: Path,
-                   eos_token: str = "<|endoftext|>"):
+                   eos_token: str | None = None, chat_template: str | None = None):
     """Write all of a model folder but the weights; config.json last."""
-    config = model.config
-    eos_id = None if tokenizer is None else tokenizer.special_tokens.get(eos_token)
+    config, special = model.config, {} if tokenizer is None else tokenizer.special_tokens
+    if tokenizer is not None:
+        chat_template = chat_template or tokenizer.chat_template
+        eos_token = eos_token or tokenizer.eos_token or next(filter(special.get, END_OF_TEXT), None)
+    eos_id = special.get(eos_token)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
-            "clean_up_tokenization_spaces": False, **({} if eos_id is None else {"eos_token": eos_token})})
+            "clean_up_tokenization_spaces": False, **({} if eos_id is None else {"eos_token": eos_token}),
+            **({} if chat_template is None else {"chat_template": chat_template})})  # for transformers 4
+    if chat_template is not None:
+        with open_whole(folder / "chat_template.jinja", "w") as file:  # for transformers 5
+            file.write(chat_template)
     write_json(folder / "generation_config.json", {} if eos_id is None else {"eos_token_id": eos_id})
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json",
-               {**hf_config(config), "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": eos_id})
+               {**families.to_hugging_face(config), "torch_dtype": dtype, "bos_token_id": None,
+                "eos_token_id": eos_id})
 
 
 def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer | None]:
-    """(model in eval mode, its tokenizer or None) from a folder of ours, or of transformers' Llama or Qwen3.
+    """(model in eval mode, its tokenizer or None) from a folder of ours, or of a family of families.py.
 
     Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and
-    where the model has a feature that ours has not. In memory: the model in `dtype`, and a tensor as stored.
+    where the model has a feature that ours has not. A tokenizer of a kind that bpe.py cannot read is None,
+    and a line says so. In memory: the model in `dtype`, and the pages of one tensor as stored.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
-    model = empty_model(model_config(folder / "config.json"))
-    files = weight_files(folder)
-    shapes = {name: entry.shape for file in files for name, entry in read_header(file)[0].items()}
-    check_names(folder, shapes, model)
-    tensors = {}
-    for file in files:
-        for name, tensor in each_tensor(file):
-            if not name.endswith(UNUSED):
-                tensors[name] = tensor.to(device, dtype)
-    if model.config.tie_embeddings:
-        embedding = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+    config, stored = model_config(folder / "config.json"), stored_tensors(folder)
+    if config.n_layers > len(stored):  # told before a model of a million layers is laid out
+        raise UserError(f"{folder} has {len(stored)} tensors, too few for the {config.n_layers} layers that "
+                        f"its config.json implies")
+    model, head = empty_model(config), stored.get("lm_head.weight")
+    check_names(folder, {name: entry.shape for name, (_, entry) in stored.items()}, model)
+    tensors = {name: mapped_tensor(*place).to(device, dtype, copy=True)  # a copy: the file may be replaced
+               for name, place in stored.items() if place is not head or not config.tie_embeddings}
+    if config.tie_embeddings:
+        embedding = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        if head and not torch.equal(mapped_tensor(*head).to(device, dtype), embedding):
             raise UserError(f"{folder}: config.json ties head and embedding, but those stored differ")
     model.load_state_dict(tensors, assign=True)
-    if model.config.tie_embeddings:
+    if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # assigning made two parameters of one memory
-    return model.eval(), load_tokenizer(folder, model.config)
+    return model.eval(), load_tokenizer(folder, config)
 
 
 def empty_model(config: ModelConfig) -> Transformer:
@@ -286,25 +279,52 @@ def empty_model(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: one, or those that an index lists."""
-    index = folder / "model.safetensors.index.json"
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
+    """{name: (file, where in it)} of a model's weights: of model.safetensors, or of its index's files."""
     if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise UserError(f"{index} has no weight_map of tensors to files")
-        files = [folder / name for name in sorted(set(names.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"{folder} lacks {some(missing)}, which {index.name} lists; download it again")
-        return files
+        listed, files = {}, ["model.safetensors"]
+    elif (folder / INDEX).is_file():
+        listed = read_index(folder / INDEX)
+        files = sorted(set(listed.values()))
+    else:
+        raise no_weights(folder)
+    stored = {}
+    for file in files:
+        for name, entry in read_header(folder / file)[0].items():
+            if name in stored:
+                raise UserError(f"{folder} has {name} twice, in {stored[name][0].name} and in {file}")
+            if not name.endswith(UNUSED):
+                stored[name] = (folder / file, entry)
+    for name, file in listed.items():
+        if not name.endswith(UNUSED) and stored.get(name, (folder, None))[0] != folder / file:
+            raise UserError(f"{folder / INDEX} says that {file} holds {name:.100}, but it does not; download "
+                            f"the folder again")
+    return stored
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """{name of a tensor: name of the file that holds it}, all of them files that are there."""
+    listed = read_json(index, object_pairs_hook=without_duplicates).get("weight_map")
+    if not (listed and isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values())):
+        raise UserError(f"{index} has no weight_map of tensors to files")
+    names = sorted(set(listed.values()))
+    for name in names:
+        if not re.fullmatch(r"[^/\\:\0]+\.safetensors", name):  # no way out of the folder
+            raise UserError(f"{index} lists {name!r:.60}, which is no safetensors file of this folder")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(f"{index.parent} lacks {some(missing)}, which {index.name} lists; download it again")
+    return listed
+
+
+def no_weights(folder: Path) -> UserError:
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
-    if pickles:
-        raise UserError(f"{folder} has its weights only as a pickle, {pickles[0].name}, which may run any "
-                        f"code when it is opened; get its model.safetensors instead")
-    raise UserError(f"{folder} has no model.safetensors")
+    if not pickles:
+        return UserError(f"{folder} has no model.safetensors")
+    code = (f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({folder.as_posix()!r}, "
+            f"dtype='auto').save_pretrained({folder.as_posix()!r})")
+    return UserError(f"{folder} has its weights only as a pickle, {pickles[0].name}, which may run any code "
+                     f"when it is opened; get its model.safetensors, or, if you trust it, make one where "
+                     f"transformers is installed: python -c \"{code}\"")
 
 
 def check_names(folder: Path, shapes: dict[str, tuple], model: Transformer):
@@ -312,7 +332,7 @@ def check_names(folder: Path, shapes: dict[str, tuple], model: Transformer):
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
     missing = [name for name in wanted if name not in shapes and name not in optional]
-    unknown = [name for name in shapes if name not in wanted and not name.endswith(UNUSED)]
+    unknown = [name for name in shapes if name not in wanted]
     if missing:
         raise UserError(f"{folder} lacks {some(missing)}, which its config.json implies")
     if unknown:
@@ -330,67 +350,52 @@ def some(names: list[str]) -> str:
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     if not (folder / "tokenizer.json").is_file():
         return None
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    try:
+        tokenizer = metaspace.load_tokenizer(folder / "tokenizer.json")
+    except Unsupported as error:
+        print(f"{error}; the model is loaded without a tokenizer")
+        return None
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows "
                         f"{config.vocab_size}: they do not belong together")
+    tokenizer.chat_template, tokenizer.eos_token = read_chat_template(folder), read_eos_token(folder, tokenizer)
     return tokenizer
 
 
-def hf_config(config: ModelConfig) -> dict:
-    """config.json of a model, without what belongs to its tokenizer."""
-    scaling = config.rope_scaling
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        "rope_theta": config.rope_theta, "rope_scaling": scaling,  # where transformers 4 looks; and 5:
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
-        "hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
-    }
+def read_eos_token(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """The special token at which generation ends, as tokenizer_config.json has it, or None."""
+    path = folder / "tokenizer_config.json"
+    token = read_json(path).get("eos_token") if path.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token  # transformers 4 wrote its flags, too
+    return token if isinstance(token, str) and token in tokenizer.special_tokens else None
 
 
 def model_config(path: Path) -> ModelConfig:
     """ModelConfig from a config.json of ours, or of transformers 4 or 5; UserError where it cannot say it."""
     content = read_json(path)
-    name = str((content.get("architectures") or [content.get("model_type")])[0])
-    name = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(name, name)
-    if name not in DEFAULTS:
-        raise UserError(f"{path}: architecture {name!r} is not supported; {' and '.join(DEFAULTS)} are")
-    for key, value in ONLY.items():
-        if content.get(key, value) != value:
-            raise UserError(f"{path}: {key} {str(content[key]):.60} is not supported; only {value} is")
-    if any(kind != "full_attention" for kind in content.get("layer_types") or []):
-        raise UserError(f"{path}: layer_types other than full_attention are not supported")
-    content = {**DEFAULTS[name], **content}
-    values = {}
-    for ours, theirs in FIELDS.items():
-        value, kind = content.get(theirs), TYPES.get(ours, int)
-        if type(value) is not kind and not (value is None and DEFAULTS[name].get(theirs, 0) is None):
-            raise UserError(f"{path}: {theirs} must be of type {kind.__name__}, not {value!r:.60}")
-        values[ours] = value
     try:
-        theta, scaling = rope_of(content)
-        qk_norm = name == "Qwen3ForCausalLM"
-        return ModelConfig(**values, rope_theta=theta, rope_scaling=scaling, qk_norm=qk_norm)
+        return families.from_hugging_face(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def rope_of(content: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) of a config.json; transformers 5 puts both in rope_parameters, 4 had two entries."""
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(content.get(key) or {}, dict):
-            raise UserError(f"{key} {content[key]!r:.60} is not an object")
-        rope.update(content.get(key) or {})
-    theta = rope.pop("rope_theta", content.get("rope_theta", 10000.0))
-    if type(theta) not in (int, float) or not 0 < theta < math.inf:
-        raise UserError(f"rope_theta {theta!r:.60} is not a positive number")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    if kind == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0:
-        return float(theta), None
-    return float(theta), {"rope_type": kind, **rope}
+def read_chat_template(folder) -> str | None:
+    """The Jinja template by which a model's conversations become text, or None: to be handed to save_model.
+
+    transformers 5 keeps it in chat_template.jinja, 4 in tokenizer_config.json, there also as a list of
+    several with names, of which this is the one called default.
+    """
+    folder = Path(folder)
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):
+        template = next((one.get("template") for one in template
+                         if isinstance(one, dict) and one.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise UserError(f"{path}: chat_template {str(template):.60} is not a text")
+    return template
 
 
 def write_json(path, content):
@@ -398,10 +403,10 @@ def write_json(path, content):
         json.dump(content, file, indent=2, ensure_ascii=False)
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; UserError where there is none."""
+def read_json(path: Path, **options) -> dict:
+    """The JSON object in a file; UserError where there is none. options: of json.loads."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), **options)
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
     except (ValueError, RecursionError) as error:

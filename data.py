@@ -40,14 +40,14 @@ from tqdm import tqdm
 
 import bpe
 import config
-from bpe import Tokenizer
+import metaspace
+from bpe import END_OF_TEXT, Tokenizer
 from config import UserError
 
 # torch is imported by Batches alone: where worker processes import this file too, they should start at once.
 
 SPLITS = ("train", "val")
-SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".py")        # .json: one document a line, as in .jsonl
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # GPT-2's, Qwen's and ours; Llama 3's; Llama 2's
+SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".py")  # .json: one document a line, as in .jsonl
 IGNORE = -100  # a target without loss, as in torch's cross_entropy
 
 
@@ -181,10 +181,14 @@ def content_suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_files(files: Iterable[tuple[Path, str]]) -> Iterator[dict | Rejected]:
-    """Yield what the files hold: a document for each line of JSON Lines, one for each other file."""
+def read_files(files: Iterable[tuple[Path, str]], read_json: Callable | None = None
+               ) -> Iterator[dict | Rejected]:
+    """Yield what the files hold: a document for each line of JSON Lines, one for each other file.
+
+    read_json(file, path, source): another reader of .jsonl and .json, default read_json_lines.
+    """
     for path, source in files:
-        read = read_json_lines if content_suffix(path) in (".jsonl", ".json") else read_text
+        read = (read_json or read_json_lines) if content_suffix(path) in (".jsonl", ".json") else read_text
         try:
             with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
                 yield from read(file, path, source)
@@ -205,19 +209,26 @@ def read_json_lines(file: io.BufferedIOBase, path: Path, source: str) -> Iterato
 
 def parse_line(line: bytes) -> dict:
     """Return the document that a line of JSON spells. Raises ValueError, its message saying what is wrong."""
-    text = line.decode("utf-8").removeprefix("\ufeff")
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    document = parse_json(line)
     if not isinstance(document, dict):
         raise ValueError(f'an object with a string "text" is expected, not {type(document).__name__}')
     if not isinstance(document.get("text"), str):
         kinds = {key: type(value).__name__ for key, value in document.items()}
         raise ValueError(f'an object with a string "text" is expected, not one of {kinds}')
-    if r"\u" in text:  # JSON can spell half of a surrogate pair; UTF-8 cannot
-        json.dumps(document, ensure_ascii=False).encode("utf-8")
     return document
+
+
+def parse_json(content: bytes):
+    """Return what a line (or file) of JSON spells. Raises ValueError, also for what UTF-8 cannot write."""
+    text = content.decode("utf-8").removeprefix("\ufeff")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f" of line {error.lineno}" if error.lineno > 1 else ""  # where a whole file is one value
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}{line}") from None
+    if r"\u" in text:  # JSON can spell half of a surrogate pair; UTF-8 cannot
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def read_text(file: io.BufferedIOBase, path: Path, source: str) -> Iterator[dict | Rejected]:
@@ -350,7 +361,7 @@ def cut_single_document(train: Path, val: Path, val_fraction: float) -> None:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer in a tokenizer.json or in the folder that holds one."""
-    tokenizer = Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+    tokenizer = metaspace.load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
     end_of_text_id(tokenizer)
     print(f"tokenizer: {path}, {tokenizer.vocab_size:,} tokens; --vocab_size plays no part")
     return tokenizer
@@ -546,10 +557,10 @@ class Replay(Wrapped):
         is_old, old_before = np.diff(old_before) > 0, old_before[:-1]
         from_old = self.old.rows(old_before[is_old].tolist())
         from_new = self.batches.rows((np.array(numbers) - old_before)[~is_old].tolist())
-        mixed = from_new[0].new_empty(2, len(numbers), self.seq_len)  # inputs and targets
+        mixed = tuple(new.new_empty(len(numbers), self.seq_len) for new in from_new)  # inputs, targets, …
         for whole, new, old in zip(mixed, from_new, from_old):
             whole[~is_old], whole[is_old] = new, old
-        return tuple(mixed)
+        return mixed
 
 
 def open_shard(folder: Path, split: str, verify: bool) -> tuple[dict, np.ndarray]:

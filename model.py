@@ -16,22 +16,23 @@ heads, D head width, V vocabulary, R response length.
     torch.Size([1, 3, 1000])
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import KVCache, LayerCache, attention, attention_mask  # noqa: F401 (names of this file, too)
-from config import UserError
-from costs import count_parameters, estimate_flops, estimate_memory  # noqa: F401
+from attention import KVCache, LayerCache, Mask, Prepared, attend, attention, prepare  # noqa: F401
+from config import UserError, parse, require, run
+from costs import cost_table, count_parameters, estimate_flops, estimate_memory  # noqa: F401
 from generation import Generation, check_sampling, generate, generate_stream, next_token_logps  # noqa: F401
-from positions import rope_angles, rotate
+from positions import check_scaling, rope_angles, rotate
 
 
 @dataclass
 class ModelConfig:
-    """What a model is. The defaults are a small one; sizes of others: PRESETS in train.py."""
+    """What a model is. The defaults are a small one; sizes of others: PRESETS below."""
     vocab_size: int = 4096
     dim: int = 256  # C, the width of the residual stream
     n_layers: int = 6
@@ -54,11 +55,17 @@ class ModelConfig:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len",
-                     "head_dim"):
+                     "head_dim", "sliding_window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range; it must be at least 1")
         if not 0 < self.rope_theta < math.inf:
             raise UserError(f"rope_theta {self.rope_theta} is out of range; it must be above 0")
+        if self.attention_sinks < 0 or self.attention_sinks and self.sliding_window is None:
+            raise UserError(f"attention_sinks {self.attention_sinks} is out of range; it must be at least 0, "
+                            f"and 0 without a sliding_window")
+        if self.attention_sinks and (self.rope_scaling or {}).get("rope_type") == "dynamic":
+            raise UserError("attention_sinks keep their distance, so a rope_scaling of type dynamic, which "
+                            "follows the length, cannot go with them; choose another")
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 raise UserError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}; "
@@ -71,8 +78,7 @@ class ModelConfig:
             raise UserError(f"head width {self.head_dim} is odd; rotary positions turn pairs: "
                             f"choose another dim or n_heads")
         if self.rope_scaling is not None:
-            raise UserError(f"rope_scaling {self.rope_scaling} is not supported; "
-                            f"only plain rotary positions are")
+            self.rope_scaling = check_scaling(self.rope_scaling, self.max_seq_len, self.rope_theta)
         if self.ffn_dim is None:
             self.ffn_dim = 64 * math.ceil(self.dim * 8 / 3 / 64)
 
@@ -104,7 +110,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Prepared | None,
                 cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
         # (B, T, C) -> (B, H, T, D) for queries, (B, K, T, D) for keys and values
@@ -114,10 +120,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), S = all positions so far
-        # the kernel's causal form aligns the mask to the upper left, so it is right only where T == S: see
-        # Decoder.forward
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                             enable_gqa=k.size(1) != q.size(1))
+        out = attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, C)
 
 
@@ -157,22 +160,21 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+    def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Mask | Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
         T, past = ids.size(1), cache.length if cache is not None else 0
-        if past + T > self.config.max_seq_len:
-            raise UserError(f"{past + T} tokens exceed max_seq_len {self.config.max_seq_len} of this model; "
-                            f"shorten the text")
+        mask = Mask.of(mask).within(self.config, past + T)
         if positions is None:
             positions = torch.arange(past, past + T, device=ids.device)[None]  # (1, T)
-            if mask is not None and mask.dim() == 2:  # padding has no position: count the real tokens
-                positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]  # (B, S) -> (B, T)
-        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+            if mask.place is not None:  # padding has no position, and each packed text begins at 0
+                positions = mask.place[:, past:]  # (B, S) -> (B, T)
+        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta,
+                               self.config.rope_scaling)
         rope = (cos[:, None], sin[:, None])  # (B, 1, T, D/2): the same for every head
-        mask = attention_mask(mask, T, past, ids.device)
+        prepared = prepare(mask, ids.size(0), T, cache, self.config, ids.device)  # the same for every layer
         x = self.embed_tokens(ids)  # (B, T) -> (B, T, C)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache.layers[i] if cache is not None else None)
+            x = layer(x, rope, prepared, cache.layers[i] if cache is not None else None)
         return self.norm(x)
 
 
@@ -206,15 +208,140 @@ class Transformer(nn.Module):
             else:
                 parameter.normal_(std=self.config.dim ** -0.5, generator=generator)
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+    def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Mask | Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T).
 
-        positions: (B, T) or (1, T) integers; default: counted from the start, or from the cache's end, or
-        over `mask`.
-        mask: None: causal. (B, S) bool: True on real tokens, False on padding at either side; causal too.
-              (B, T, S) bool: True where a query may look at a key, taken as it is (document masks and the
-              like). S counts the cache's positions and these T.
-        cache: a KVCache, extended in place by these T tokens.
+        positions: (B, T) or (1, T) integers; default: counted from the start of each text, without padding.
+        mask: None: causal, within the model's window. (B, S) bool: True on real tokens, False on padding at
+              either side. (B, T, S) bool: True where a query may look at a key, taken as it is. A Mask: any
+              of these, and packed documents, prefixes, windows. S counts what the cache has seen and these T.
+        cache: what came before (see make_cache); these T tokens are added to it in place.
         """
         return self.lm_head(self.model(ids, positions, mask, cache))
+
+
+@torch.no_grad()
+def extend_embedding(model: Transformer, vocab_size: int) -> None:
+    """Give the model's embedding and head rows up to vocab_size, for tokens that it has not been trained on.
+
+    A new row is the mean of the old ones, so that its logit is the mean logit: by Jensen's inequality it
+    takes at most 1 / (V + 1) of the probability from what the model knew; a row of zeros could take nearly
+    all (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). New tokens start out
+    alike; where they stand tells them apart. A model with rows to spare (Qwen's have) stays as it is. An
+    optimizer made before holds the old tensors.
+    """
+    added = vocab_size - model.config.vocab_size
+    if added <= 0:
+        return
+    for table in (model.model.embed_tokens, model.lm_head):
+        mean = table.weight.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.weight.dtype)  # (1, C)
+        table.weight = nn.Parameter(torch.cat([table.weight, mean.expand(added, -1)]))  # (V, C)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = vocab_size
+    model.config = model.model.config = replace(model.config, vocab_size=vocab_size)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sizes, and what they cost
+
+_LLAMA = dict(vocab_size=32000, norm_eps=1e-6, max_seq_len=2048)  # Touvron et al. 2023, table 2
+_LLAMA2 = dict(vocab_size=32000, norm_eps=1e-5, max_seq_len=4096)  # Touvron et al. 2023b, table 1
+_LLAMA3 = dict(vocab_size=128256, norm_eps=1e-5, n_kv_heads=8, rope_theta=5e5)  # Dubey et al. 2024, table 3
+
+
+def _llama3_rope(factor: float) -> dict:
+    return dict(max_seq_len=131072, rope_scaling={
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192})
+
+
+_GPT2 = dict(vocab_size=50257, tie_embeddings=True)
+_QWEN2 = dict(vocab_size=151936, rope_theta=1e6, attention_bias=True, output_bias=False)
+_QWEN3 = dict(vocab_size=151936, max_seq_len=40960, rope_theta=1e6, n_kv_heads=8, head_dim=128, qk_norm=True)
+_SMOLLM2 = dict(vocab_size=49152, max_seq_len=8192, norm_eps=1e-5, tie_embeddings=True)
+
+PRESETS = {  # arguments of ModelConfig; published models as the config.json on their page has them
+    # for a laptop: the main job of train.py is "small"
+    "tiny": dict(dim=64, n_layers=2, n_heads=2, max_seq_len=128, qk_norm=True),
+    "small": dict(dim=128, n_layers=4, n_heads=2, max_seq_len=128, qk_norm=True),
+    # Radford et al. 2019, table 2: width, blocks and heads of GPT-2, in this file's architecture, which has
+    # no learned positions, no biases, and three matrices of 8/3 C in the MLP instead of two of 4 C
+    "gpt2-124m": _GPT2 | dict(dim=768, n_layers=12, n_heads=12),
+    "gpt2-355m": _GPT2 | dict(dim=1024, n_layers=24, n_heads=16),
+    "gpt2-774m": _GPT2 | dict(dim=1280, n_layers=36, n_heads=20),
+    "gpt2-1.5b": _GPT2 | dict(dim=1600, n_layers=48, n_heads=25),
+    "llama-7b": _LLAMA | dict(dim=4096, n_layers=32, n_heads=32, ffn_dim=11008),
+    "llama-13b": _LLAMA | dict(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
+    "llama-33b": _LLAMA | dict(dim=6656, n_layers=60, n_heads=52, ffn_dim=17920),
+    "llama-65b": _LLAMA | dict(dim=8192, n_layers=80, n_heads=64, ffn_dim=22016),
+    "llama2-7b": _LLAMA2 | dict(dim=4096, n_layers=32, n_heads=32, ffn_dim=11008),
+    "llama2-13b": _LLAMA2 | dict(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
+    "llama2-70b": _LLAMA2 | dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28672),
+    "llama3-8b": _LLAMA3 | dict(dim=4096, n_layers=32, n_heads=32, ffn_dim=14336, max_seq_len=8192),
+    "llama3-70b": _LLAMA3 | dict(dim=8192, n_layers=80, n_heads=64, ffn_dim=28672, max_seq_len=8192),
+    "llama3.1-8b": _LLAMA3 | _llama3_rope(8.0) | dict(dim=4096, n_layers=32, n_heads=32, ffn_dim=14336),
+    "llama3.1-70b": _LLAMA3 | _llama3_rope(8.0) | dict(dim=8192, n_layers=80, n_heads=64, ffn_dim=28672),
+    "llama3.1-405b": _LLAMA3 | _llama3_rope(8.0) | dict(dim=16384, n_layers=126, n_heads=128, ffn_dim=53248),
+    "llama3.2-1b": _LLAMA3 | _llama3_rope(32.0) | dict(dim=2048, n_layers=16, n_heads=32, ffn_dim=8192,
+                                                       tie_embeddings=True),
+    "llama3.2-3b": _LLAMA3 | _llama3_rope(32.0) | dict(dim=3072, n_layers=28, n_heads=24, ffn_dim=8192,
+                                                       tie_embeddings=True),
+    # Jiang et al. 2023, table 1
+    "mistral-7b": dict(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, ffn_dim=14336,
+                       max_seq_len=32768, sliding_window=4096, norm_eps=1e-5),
+    # Zhang et al. 2024 (TinyLlama), table 2
+    "tinyllama-1.1b": dict(vocab_size=32000, dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632,
+                           max_seq_len=2048, norm_eps=1e-5),
+    # Allal et al. 2025
+    "smollm2-135m": _SMOLLM2 | dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, ffn_dim=1536,
+                                    rope_theta=1e5),
+    "smollm2-360m": _SMOLLM2 | dict(dim=960, n_layers=32, n_heads=15, n_kv_heads=5, ffn_dim=2560,
+                                    rope_theta=1e5),
+    "smollm2-1.7b": _SMOLLM2 | dict(dim=2048, n_layers=24, n_heads=32, ffn_dim=8192, rope_theta=1.3e5),
+    # Yang et al. 2024 (Qwen2), table 1
+    "qwen2-0.5b": _QWEN2 | dict(dim=896, n_layers=24, n_heads=14, n_kv_heads=2, ffn_dim=4864,
+                                max_seq_len=131072, tie_embeddings=True),
+    # Yang et al. 2025 (Qwen3), table 1
+    "qwen3-0.6b": _QWEN3 | dict(dim=1024, n_layers=28, n_heads=16, ffn_dim=3072, tie_embeddings=True),
+    "qwen3-1.7b": _QWEN3 | dict(dim=2048, n_layers=28, n_heads=16, ffn_dim=6144, tie_embeddings=True),
+    "qwen3-4b": _QWEN3 | dict(dim=2560, n_layers=36, n_heads=32, ffn_dim=9728, tie_embeddings=True),
+    "qwen3-8b": _QWEN3 | dict(dim=4096, n_layers=36, n_heads=32, ffn_dim=12288),
+    "qwen3-14b": _QWEN3 | dict(dim=5120, n_layers=40, n_heads=40, ffn_dim=17408),
+    "qwen3-32b": _QWEN3 | dict(dim=5120, n_layers=64, n_heads=64, ffn_dim=25600),
+}
+# the short names of train.py, which gives them settings of training
+PRESETS |= {"124m": PRESETS["gpt2-124m"], "1b": PRESETS["llama3.2-1b"], "7b": PRESETS["llama2-7b"]}
+
+
+@dataclass
+class Settings:
+    preset: str = "small"  # a size: one of PRESETS
+    vocab_size: int | None = None  # none: the preset's
+    batch_size: int = 1  # sequences that a process holds at once
+    seq_len: int | None = None  # tokens of a sequence; none: as many as the preset's model takes
+    devices: int = 1  # processes, one a GPU
+    shard_size: int | None = None  # hsdp: processes that share one copy; none: as many as leave two copies
+    tensor_parallel: int | None = None  # processes that share each product; none: as many as divide all
+    precision: Literal["fp32", "bf16"] = "bf16"  # of matrix products
+    optimizer: Literal["muon", "adamw", "adafactor"] = "adamw"
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"  # recompute in the backward pass
+    chunked_loss: bool = True  # never hold the logits of all tokens
+
+    def __post_init__(self):
+        require(self, preset=set(PRESETS), vocab_size=(1, None), batch_size=(1, None), seq_len=(1, None),
+                devices=(1, None), shard_size=(1, self.devices), tensor_parallel=(1, self.devices))
+        self.seq_len = self.seq_len or PRESETS[self.preset].get("max_seq_len", ModelConfig.max_seq_len)
+
+
+def main():
+    settings = parse(Settings)
+    config = ModelConfig(**PRESETS[settings.preset])
+    if settings.vocab_size:
+        config = replace(config, vocab_size=settings.vocab_size)
+    print(cost_table(config, settings))
+
+
+if __name__ == "__main__":
+    run(main)

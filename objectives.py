@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import bpe
+from attention import Mask
 from bpe import Tokenizer
 from checkpoint import load_model
 from config import UserError, parse, require, run, show
@@ -40,7 +41,7 @@ def next_token_loss(model: Transformer, batch: tuple[Tensor, ...],
     """The sum of -log p(target | all before it) in nats over the targets that are not -100, and their number.
 
     batch: inputs (B, T) and targets (B, T), the inputs shifted by one; and, where who sees whom is not simply
-    causal, a mask (B, T, T).
+    causal, a Mask.
     chunked: never hold the logits of all tokens; the plain form is for comparison.
     """
     inputs, targets, mask = (*batch, None)[:3]
@@ -148,24 +149,22 @@ class PrefixLM(Wrapped):
     edition; Raffel et al. 2020, https://arxiv.org/abs/1910.10683, Fig. 3. Of the T + 1 tokens of a row the
     first 1 to T are the prefix: how many is drawn from (seed, the row's number) alone, uniformly.
 
-    .at(step): inputs (B, T); targets (B, T), -100 within the prefix; mask (B, T, T) bool, True where a query
-    may look at a key. All else is that of the batches. Unlike with next tokens, about half of the targets go,
-    and attention cannot take the faster kernel that knows causal masks only.
+    .at(step): inputs (B, T); targets (B, T), -100 within the prefix; a Mask of the prefixes' lengths. All
+    else is that of the batches. Unlike with next tokens, about half of the targets go, and attention cannot
+    take the faster kernel that knows causal masks only.
     """
 
     def __init__(self, batches, seed: int):
         super().__init__(batches)
         self.seed = seed
 
-    def at(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def at(self, step: int) -> tuple[Tensor, Tensor, Mask]:
         inputs, targets = self.batches.at(step)
         real = (targets != IGNORE).sum(dim=1).tolist()  # T, but where the end of the data is filled up
         lengths = torch.tensor([row_generator(self.seed, number).integers(1, most + 1)
-                                for number, most in zip(self.numbers(step), real)])[:, None]  # (B, 1)
-        place = torch.arange(inputs.size(1))
-        targets = targets.masked_fill(place < lengths - 1, IGNORE)  # the prefix's last predicts the suffix
-        both_ways = place < lengths  # (B, T): keys in the prefix
-        return inputs, targets, (place <= place[:, None]) | both_ways[:, None]  # (T, T) | (B, 1, T)
+                                for number, most in zip(self.numbers(step), real)])  # (B,)
+        within = torch.arange(inputs.size(1)) < lengths[:, None] - 1  # the prefix's last predicts the suffix
+        return inputs, targets.masked_fill(within, IGNORE), Mask(prefix=lengths)
 
 
 def row_generator(seed: int, number: int) -> np.random.Generator:
@@ -183,12 +182,7 @@ STRAY = "".join(map(chr, range(0xDC80, 0xDD00)))  # what "surrogateescape" makes
 
 def with_fim_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the three FIM_TOKENS at its end: other ids stay, and with them token shards."""
-    missing = [text for text in FIM_TOKENS if text not in tokenizer.special_tokens]
-    if not missing:
-        return tokenizer
-    added = {text: id for id, text in enumerate(missing, tokenizer.vocab_size)}
-    return Tokenizer(tokenizer.merges, tokenizer.special_tokens | added, tokenizer.pattern,
-                     tokenizer.ordinary_vocab())
+    return tokenizer.with_special_tokens(FIM_TOKENS)
 
 
 def arrange(prefix: list[int], middle: list[int], suffix: list[int], spm: bool, tokenizer) -> list[int]:

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,28 +38,89 @@ from bpe import Tokenizer
 from checkpoint import load_model, model_config, states
 from config import UserError, parse, require, run, show
 from data import Batches, Replay
+from families import to_hugging_face
+from metaspace import load_tokenizer
+from model import PRESETS as SIZES
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
 from objectives import FillInTheMiddle, PrefixLM, next_token_loss, with_fim_tokens
 from optim import batch_windows, learning_rate, make_optimizer, windows_before
 from parallel import Compute, Env, inside, parallelize, setup, whole_step
+from positions import extended
 from survive import BadStep, Run, lost_process, open_run_folder, save_whole, spike_limit, stop_signals
 from watch import Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory
 
+
+def widths(preset: str) -> dict:
+    """What a size of model.py says of the blocks; vocabulary, context and the like are the run's own."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
+    return {name: value for name, value in SIZES[preset].items() if name in names}
+
+
 PRESETS = {  # sizes, and the settings that go with them; a flag of the same name goes before
-    "tiny": dict(dim=64, n_layers=2, n_heads=2, seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
-    "small": dict(dim=128, n_layers=4, n_heads=2, seq_len=128, batch_size=16, steps=900, lr=0.04,
-                  adam_lr=8e-3, bigram_steps=50),
-    "124m": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, batch_size=512, steps=5000, lr=0.02,
-                 adam_lr=1e-3),
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, seq_len=2048, batch_size=512,
-               steps=20000, lr=0.01, adam_lr=5e-4),
-    "7b": dict(dim=4096, n_layers=32, n_heads=32, ffn_dim=11008, seq_len=2048, batch_size=2048, steps=250000,
-               lr=0.01, adam_lr=3e-4),
+    "tiny": widths("tiny") | dict(seq_len=128, batch_size=8, steps=100, lr=0.02, adam_lr=3e-3),
+    "small": widths("small") | dict(seq_len=128, batch_size=16, steps=900, lr=0.04, adam_lr=8e-3,
+                                    bigram_steps=50),
+    "124m": widths("124m") | dict(seq_len=1024, batch_size=512, steps=5000, lr=0.02, adam_lr=1e-3),
+    "1b": widths("1b") | dict(seq_len=2048, batch_size=512, steps=20000, lr=0.01, adam_lr=5e-4),
+    "7b": widths("7b") | dict(seq_len=2048, batch_size=2048, steps=250000, lr=0.01, adam_lr=3e-4),
 }
 
 
 @dataclass
-class Settings(Compute):
+class Loop(Compute):
+    """How a model is trained: settings of the loop, that every stage's Settings inherit."""
+    seq_len: int = 128  # tokens a window
+    batch_size: int = 16  # windows a step, over all processes and micro-batches
+    micro_batch_size: int | None = None  # windows a process holds at once; none: its whole share. Fewer take
+                                         # less memory and give the same result
+    batch_start: int | None = None  # windows of the first step, growing to batch_size; none: batch_size
+    ramp_tokens: int = 0  # over so many tokens (GPT-3: 32 K tokens a step to 3.2 M over 12 billion)
+    steps: int = 100  # updates
+    optimizer: Literal["muon", "adamw", "adafactor"] = "muon"  # muon: for the matrices inside blocks; the
+                                                               # rest is then AdamW's
+    lr: float = 0.01  # peak learning rate of those matrices (Muon; about 3e-3 for the others)
+    adam_lr: float = 2e-3  # peak learning rate of embedding, head and norms
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "wsd"] = "linear"  # of the rate, after the warm-up
+    warmup_steps: int = 10  # the rate rises linearly over these
+    decay_share: float = 0.2  # wsd (warm-up, stable, decay): the rate falls over this last share of the steps
+    final_lr: float = 0.0  # the rate at the end, as a share of the peak
+    weight_decay: float = 0.1  # on matrices only
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    clip: float = 1.0  # bound of the global gradient norm; 0: none
+    spike: float = 20.0  # a loss so many deviations above the median of the last 100 steps' rolls the run
+                         # back; 0: no loss does, unless it is not finite
+    max_rollbacks: int = 5  # give up after so many
+    seed: int = 0
+    chunked_loss: bool = True  # never hold the logits of all tokens; --no-chunked_loss is for comparison
+    eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
+    save_every: int = 100  # steps between states; the last two are kept, and the best by held-out loss
+    profile: bool = False  # record a few steps: a table of where the time goes, and trace.json for a browser
+
+    def check_loop(self):
+        """Raise UserError where one of these is out of range, or they do not go together."""
+        self.check_compute()
+        self.batch_start = self.batch_size if self.batch_start is None else self.batch_start
+        sizes = ("batch_size", "micro_batch_size", "steps", "save_every")
+        require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), warmup_steps=(0, None),
+                decay_share=(0, 1), final_lr=(0, 1), weight_decay=(0, 10), betas=(0, 0.999999), eps=(1e-15, 1),
+                clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None), spike=(0, None),
+                max_rollbacks=(0, None), ramp_tokens=(0, None), batch_start=(1, self.batch_size),
+                seed=(0, 2 ** 63 - 1))
+        if self.batch_size % self.batch_start:
+            raise UserError(f"batch_start {self.batch_start} does not divide batch_size {self.batch_size}; "
+                            f"the batch grows in steps of it")
+        if self.batch_start < self.batch_size and not self.ramp_tokens:
+            raise UserError(f"batch_start {self.batch_start} needs --ramp_tokens: over how many it grows")
+        if self.ramp_tokens and self.batch_start == self.batch_size:
+            raise UserError(f"ramp_tokens {self.ramp_tokens} needs --batch_start: with how many to begin")
+        if self.seq_len % self.tensor_parallel:
+            raise UserError(f"--tensor_parallel {self.tensor_parallel} does not divide seq_len "
+                            f"{self.seq_len}; between blocks each process has its own positions")
+
+
+@dataclass
+class Settings(Loop):
     data: str = "runs/data"  # token shards, as data.py writes them; the default folder is made if missing
     out: str = "runs/base"  # run folder: model, settings.json, log.jsonl, state/; an unfinished run goes on
     overwrite: bool = False  # delete what is in `out` and start anew
@@ -72,6 +133,10 @@ class Settings(Compute):
     ffn_dim: int | None = None  # width inside the MLP; none: the preset's, else 8/3 of dim in steps of 64
     max_seq_len: int | None = None  # the model's limit; none: seq_len
     rope_theta: float | None = None  # base of the rotary wavelengths; none: 10,000
+    rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = None  # the rule, of those in
+        # positions.py, by which a model reads further than it was trained; none: as it is
+    rope_factor: float | None = None  # so many times as far as the model of init_from; a model from nothing
+                                      # goes by a trained length of max_seq_len / rope_factor
     qk_norm: bool | None = None  # normalise queries and keys (the folder is then a Qwen3's, else a Llama's);
                                  # none: true
     tie_embeddings: bool | None = None  # one matrix for embedding and head; none: false
@@ -86,37 +151,15 @@ class Settings(Compute):
     fim_spm_rate: float = 0.5  # fim: share of those in the order suffix, prefix, middle
     fim_cut: Literal["characters", "tokens"] = "characters"  # fim: where a document may be cut
 
+    bigram_steps: int | None = None  # steps that first fit embedding and head to the counted bigrams; 0: none
     seq_len: int | None = None  # tokens a window
     batch_size: int | None = None  # windows a step, over all processes and micro-batches
-    micro_batch_size: int | None = None  # windows a process holds at once; none: its whole share. Fewer take
-                                         # less memory and give the same result
-    batch_start: int | None = None  # windows of the first step, growing to batch_size; none: batch_size
-    ramp_tokens: int = 0  # over so many tokens (GPT-3: 32 K tokens a step to 3.2 M over 12 billion)
     steps: int | None = None  # updates
-    optimizer: Literal["muon", "adamw", "adafactor"] = "muon"  # muon: for the matrices inside blocks; the
-                                                               # rest is then AdamW's
     lr: float | None = None  # peak learning rate of those matrices (Muon; about 3e-3 for the others)
     adam_lr: float | None = None  # peak learning rate of embedding, head and norms
-    schedule: Literal["linear", "cosine", "inverse_sqrt", "wsd"] = "linear"  # of the rate, after the warm-up
-    warmup_steps: int = 10  # the rate rises linearly over these
-    decay_share: float = 0.2  # wsd (warm-up, stable, decay): the rate falls over this last share of the steps
-    final_lr: float = 0.0  # the rate at the end, as a share of the peak
-    weight_decay: float = 0.1  # on matrices only
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    eps: float = 1e-8  # of AdamW
-    clip: float = 1.0  # bound of the global gradient norm; 0: none
-    bigram_steps: int | None = None  # steps that first fit embedding and head to the counted bigrams; 0: none
-    spike: float = 20.0  # a loss so many deviations above the median of the last 100 steps' rolls the run
-                         # back; 0: no loss does, unless it is not finite
-    max_rollbacks: int = 5  # give up after so many
-    seed: int = 0
 
-    chunked_loss: bool = True  # never hold the logits of all tokens; --no-chunked_loss is for comparison
     eval_stride: int | None = None  # tokens between evaluated windows; none: half of seq_len, for context
-    eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
-    save_every: int = 100  # steps between states; the last two are kept, and the best by held-out loss
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")  # continued once training is done
-    profile: bool = False  # record a few steps: a table of where the time goes, and trace.json for a browser
     dry_run: bool = False  # only say what the run would take: parameters, FLOPs, memory; nothing is written
 
     def __post_init__(self):
@@ -125,11 +168,12 @@ class Settings(Compute):
             if getattr(self, name) is None and not (self.init_from and name in SHAPE):
                 setattr(self, name, value)
         own = {"max_seq_len": self.seq_len, "rope_theta": 10000.0, "qk_norm": True, "tie_embeddings": False,
-               "batch_start": self.batch_size, "bigram_steps": 0, "eval_stride": max(1, self.seq_len // 2)}
+               "bigram_steps": 0, "eval_stride": max(1, self.seq_len // 2)}
         for name, value in own.items():
             if getattr(self, name) is None and not (self.init_from and name in SHAPE):
                 setattr(self, name, value)
         self.check()
+        self.check_rope()
 
     def check_init_from(self):
         """Raise UserError where what belongs to the model of --init_from is asked for otherwise."""
@@ -145,31 +189,28 @@ class Settings(Compute):
         if self.replay and not self.init_from:
             raise UserError("--replay is of use with --init_from: it keeps a trained model from forgetting")
 
+    def check_rope(self):
+        """Raise UserError where rule and factor do not make an extension."""
+        require(self, rope_factor=(1, 10000))
+        if (self.rope_scaling is None) != (self.rope_factor is None):
+            raise UserError(f"--rope_factor {self.rope_factor} needs --rope_scaling: by which rule the model "
+                            f"shall read further" if self.rope_factor else
+                            f"--rope_scaling {self.rope_scaling} needs --rope_factor: how many times as far "
+                            f"the model shall read")
+        if not self.init_from and not (self.max_seq_len / (self.rope_factor or 1)).is_integer():
+            raise UserError(f"--rope_factor {self.rope_factor:g} does not divide max_seq_len "
+                            f"{self.max_seq_len}; from nothing, the rule starts from one over the other")
+
     def check(self):
-        self.check_compute()
-        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "batch_size",
-                 "micro_batch_size", "steps", "save_every")
-        require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), eval_stride=(1, self.seq_len),
-                warmup_steps=(0, None), decay_share=(0, 1), final_lr=(0, 1), weight_decay=(0, 10),
-                betas=(0, 0.999999), eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10),
-                eval_every=(0, None), bigram_steps=(0, None), spike=(0, None), max_rollbacks=(0, None),
-                fim_rate=(0, 1), fim_spm_rate=(0, 1), replay_share=(0, 0.99), ramp_tokens=(0, None),
-                batch_start=(1, self.batch_size), seed=(0, 2 ** 63 - 1))
+        self.check_loop()
+        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
+        require(self, **{name: (1, None) for name in sizes}, eval_stride=(1, self.seq_len),
+                bigram_steps=(0, None), fim_rate=(0, 1), fim_spm_rate=(0, 1), replay_share=(0, 0.99))
         if "" in self.sample_prompts:
             raise UserError("--sample_prompts has an empty one; name at least a character to go on from")
         if self.max_seq_len and self.seq_len > self.max_seq_len:
             raise UserError(f"seq_len {self.seq_len} exceeds max_seq_len {self.max_seq_len} of this model; "
                             f"pass a shorter --seq_len or a larger --max_seq_len")
-        if self.batch_size % self.batch_start:
-            raise UserError(f"batch_start {self.batch_start} does not divide batch_size {self.batch_size}; "
-                            f"the batch grows in steps of it")
-        if self.batch_start < self.batch_size and not self.ramp_tokens:
-            raise UserError(f"batch_start {self.batch_start} needs --ramp_tokens: over how many it grows")
-        if self.ramp_tokens and self.batch_start == self.batch_size:
-            raise UserError(f"ramp_tokens {self.ramp_tokens} needs --batch_start: with how many to begin")
-        if self.seq_len % self.tensor_parallel:
-            raise UserError(f"--tensor_parallel {self.tensor_parallel} does not divide seq_len "
-                            f"{self.seq_len}; between blocks each process has its own positions")
 
 
 # What belongs to the model, and comes with it from --init_from
@@ -330,7 +371,8 @@ def begin(model, settings, env, tokenizer, corpus: dict) -> tuple[Run, Log]:
     """The run of these settings, at the newest state in settings.out, else before step 1; and its log."""
     model = parallelize(model.train(), env)
     optimizer = make_optimizer(model, settings, env.say, env.products)
-    identity = {name: value for name, value in asdict(settings).items() if name not in FREE} | corpus
+    free = FREE | getattr(settings, "free", set())
+    identity = {name: value for name, value in asdict(settings).items() if name not in free} | corpus
     run = Run(Path(settings.out), model, tokenizer, optimizer, env, identity)
     run.load()
     log = Log()
@@ -464,13 +506,17 @@ def bigram_start(model: Transformer, tokens, steps: int, lr: float = 0.05):
 
 
 def main():
-    settings = parse(Settings)
+    guarded(parse(Settings), pretrain)
+
+
+def guarded(settings, job):
+    """job(settings, env) on the machine that the settings describe; what has a name ends in one line."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         settings.overwrite = False  # torchrun starts us again: this run is what is to go on
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop listens, it shall not end us
     try:
-        pretrain(settings, setup(settings))
+        job(settings, setup(settings))
     except (RuntimeError, MemoryError) as error:
         known = out_of_memory(error, settings) or lost_process(error, settings.timeout_minutes)
         if not known:
@@ -490,6 +536,7 @@ def pretrain(settings: Settings, env: Env):
     env.first(lambda: prepare_data(settings, env), patient=True)
     batches, validation = open_data(settings, env)
     model, tokenizer = build_model(settings, batches)
+    to_hugging_face(model.config)  # a model that could not be saved is told of now
     with contextlib.ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
         env.first(lambda: stack.enter_context(open_run_folder(settings)))
@@ -545,7 +592,7 @@ def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Toke
 
     Raises UserError where tokenizer, shards and model do not belong together.
     """
-    tokenizer = Tokenizer.load(Path(settings.data) / "tokenizer.json")
+    tokenizer = load_tokenizer(Path(settings.data) / "tokenizer.json")
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
         raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
                         f"it; run data.py again")
@@ -564,10 +611,17 @@ def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Toke
     if settings.objective == "fim" and own.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{settings.init_from} knows no tokens for infilling; train it with --objective fim "
                         f"from the start")
+    model.config = model.model.config = with_rope(model.config, settings)  # other angles, the same weights
     if settings.seq_len > model.config.max_seq_len:
+        remedy = "a larger --rope_factor" if settings.rope_scaling else "--rope_scaling and --rope_factor"
         raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
-                        f"{settings.init_from}; pass a shorter --seq_len")
+                        f"{settings.init_from}; pass a shorter --seq_len, or {remedy}")
     return model, own
+
+
+def with_rope(config: ModelConfig, settings: Settings) -> ModelConfig:
+    """The config, made to read further as --rope_scaling and --rope_factor ask for."""
+    return extended(config, settings.rope_scaling, settings.rope_factor) if settings.rope_scaling else config
 
 
 def check_room(config: ModelConfig):
@@ -582,12 +636,14 @@ def check_room(config: ModelConfig):
 def planned_config(settings: Settings, vocab_size: int | None = None) -> ModelConfig:
     """The ModelConfig that the settings describe; vocab_size: default the shards', or 4096 without any."""
     if settings.init_from:
-        return model_config(Path(settings.init_from) / "config.json")
+        return with_rope(model_config(Path(settings.init_from) / "config.json"), settings)
     if vocab_size is None:
         meta = Path(settings.data) / "meta.json"
         vocab_size = json.loads(meta.read_text(encoding="utf-8"))["vocab_size"] if meta.exists() else 4096
-    shape = {f.name: getattr(settings, f.name) for f in fields(ModelConfig) if hasattr(settings, f.name)}
-    return ModelConfig(vocab_size=vocab_size, **shape)
+    shape = {name: getattr(settings, name) for name in SHAPE}
+    shape["max_seq_len"] = int(shape["max_seq_len"] / (settings.rope_factor or 1))
+    config = with_rope(ModelConfig(vocab_size=vocab_size, **shape), settings)
+    return replace(config, max_seq_len=settings.max_seq_len)  # whatever was rounded
 
 
 def prepare_data(settings: Settings, env: Env):

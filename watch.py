@@ -26,10 +26,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from config import UserError, open_whole, to_json
-from model import count_parameters, estimate_flops, estimate_memory
+from costs import GIB, aligned, count_parameters, estimate_flops, estimate_memory, gib
 from parallel import mesh_sizes
-
-GIB = 2 ** 30
 
 # ------------------------------------------------------------------------------------------------------------
 # Before it
@@ -94,22 +92,6 @@ def verdict(config, layout: dict, free: int | None) -> str:
             for flag, changes in helps.items()]
     head = f"does not fit: {gib(total)} of {gib(free)} GiB, a tenth of which should stay free. With"
     return "\n".join([head, *aligned(rows)])
-
-
-def gib(size: float, largest: float | None = None) -> str:
-    """A size in GiB, with as many decimals as the largest of its column needs."""
-    largest = (size if largest is None else largest) / GIB
-    return f"{size / GIB:,.{1 if largest >= 100 else 2 if largest >= 1 else 4}f}"
-
-
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of columns: the first and the last begin at the left, those between end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for first, *figures, last in rows:
-        figures = [figure.rjust(width) for figure, width in zip(figures, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *figures, last]).rstrip())
-    return lines
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -202,7 +202,7 @@ def test_no_merge_crosses_a_cut():
 
 
 @pytest.mark.parametrize("pattern", [PATTERN, bpe.GPT2_PATTERN, O200K_PATTERN, QWEN_PATTERN, r"\p{L}+",
-                                     r"\s+|\d"])
+                                     bpe.DIGITS_PATTERN, r"\s+|\d"])
 @pytest.mark.parametrize("whole", [*AWKWARD, "we'll don't", "a\n \n  \n\n   b", "!!\r\n \r\n!", "x.  \n",
                                    "don't'll 'll", PROSE])
 def test_pre_tokens_are_the_same_wherever_the_stream_is_cut(pattern, whole):
@@ -476,6 +476,150 @@ def test_files_written_by_tokenizers_give_the_same_ids(tmp_path, pattern, as_str
     same(Tokenizer.load(tmp_path / "again.json"), ours)
 
 
+SPECIAL = ["<|begin_of_text|>", END, "<|im_start|>"]
+
+
+def family_file(family) -> dict:
+    """A tokenizer.json as the family's are, small: its normalizer, pre-tokenizers, template and decoder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    byte_level, split = tokenizers.pre_tokenizers.ByteLevel, tokenizers.pre_tokenizers.Split
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pattern = {"Llama 3": PATTERN, "Qwen": QWEN_PATTERN}.get(family)
+    steps = [byte_level(add_prefix_space=False, use_regex=pattern is None)]
+    if family == "SmolLM2":
+        steps.insert(0, tokenizers.pre_tokenizers.Digits(individual_digits=True))
+    if pattern:
+        steps.insert(0, split(tokenizers.Regex(pattern), "isolated"))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    if family == "Qwen":
+        theirs.normalizer = tokenizers.normalizers.NFC()
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    first = family == "SmolLM2"  # whose special tokens are in the vocabulary, at its beginning
+    theirs.train_from_iterator([PROSE + "lower café naïve " * 9], tokenizers.trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL if first else [], show_progress=False,
+        initial_alphabet=byte_level.alphabet()))
+    theirs.add_special_tokens(SPECIAL)
+    theirs.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    if family == "Qwen":
+        theirs.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
+    if family == "Llama 3":
+        begin = (SPECIAL[0], theirs.token_to_id(SPECIAL[0]))
+        theirs.post_processor = tokenizers.processors.Sequence([
+            tokenizers.processors.ByteLevel(trim_offsets=False),
+            tokenizers.processors.TemplateProcessing(f"{begin[0]} $A", f"{begin[0]} $A $B", [begin])])
+    content = json.loads(theirs.to_str())
+    if family == "Llama 3":  # a word that is in the vocabulary, but that no merge leads to any more
+        merges = content["model"]["merges"]
+        content["model"]["ignore_merges"] = True
+        content["model"]["merges"] = [pair for pair in merges if "".join(pair) != "Ġlower"]
+        assert "Ġlower" in content["model"]["vocab"] and len(content["model"]["merges"]) < len(merges)
+    return content
+
+
+@pytest.fixture(scope="module", params=["GPT-2", "Llama 3", "SmolLM2", "Qwen"])
+def family(request, tmp_path_factory):
+    """(ours, theirs, ours saved and in `tokenizers` again) of one family's file."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder, content = tmp_path_factory.mktemp("family"), family_file(request.param)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    ours = Tokenizer.load(folder / "tokenizer.json")
+    ours.save(folder / "again.json")
+    return ours, tokenizers.Tokenizer.from_str(json.dumps(content)), \
+        tokenizers.Tokenizer.from_file(str(folder / "again.json")), folder
+
+
+def check_family(family, whole):
+    ours, theirs, again, _ = family
+    ids = ours.encode(whole, allow_special=True)
+    assert ids == theirs.encode(whole, add_special_tokens=False).ids, "tokenizers gives other ids"
+    assert ids == again.encode(whole).ids, "what was saved gives other ids"
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    assert ours.decode(ids) == (unicodedata.normalize("NFC", whole) if ours.nfc else whole)
+    assert ours.encode(whole) == list(ours.encode_stream(whole)), "in a stream"
+
+
+@pytest.mark.parametrize("whole", [
+    *AWKWARD, PROSE, "a lower word", "in 1234 a  56", "x  7   8\n 9", "1 2", "½ ⅷ² ٣", "'1s 5's",
+    "cafe\u0301 café ﬁ Å \u212b \u0958 \u1112\u1161\u11ab", f"<think>a{END}<|im_start|>user\u0301",
+    SPECIAL[0]])
+def test_files_of_each_family_give_the_same_ids_and_text(family, whole):
+    check_family(family, whole)
+
+
+@given(text)
+@settings(max_examples=150, deadline=None)
+def test_files_of_each_family_give_the_same_ids_for_any_text(family, whole):
+    check_family(family, whole)
+
+
+def test_what_makes_a_family_survives_saving_and_processes(family):
+    ours, theirs, again, folder = family
+    for other in (Tokenizer.load(folder / "again.json"), pickle.loads(pickle.dumps(ours))):
+        same(other, ours)
+        assert (other.nfc, other.ignore_merges, other.shown) == (ours.nfc, ours.ignore_merges, ours.shown)
+    more = ours.with_special_tokens(["<new>"])
+    assert (more.nfc, more.ignore_merges, more.shown) == (ours.nfc, ours.ignore_merges, ours.shown)
+    assert more.special_tokens["<new>"] == ours.vocab_size == theirs.get_vocab_size()
+    ids = ours.encode(f"<think>a{END}", allow_special=True)
+    for peer in (theirs, again):  # both leave out what is special, and nothing else
+        assert peer.decode(ids) == "<think>a"
+
+
+def test_a_word_of_the_vocabulary_is_one_id_where_merges_are_ignored():
+    def tokenizer(**settings):
+        return Tokenizer([(b"a", b"b")], (), r"\w+", dict(enumerate([*bpe.BYTES, b"ab", b"abc"])), **settings)
+    assert tokenizer(ignore_merges=True).encode("abc ab abcd") == [257, 32, 256, 32, 256, 99, 100]
+    assert tokenizer().encode("abc") == [256, 99]
+    prints = {tokenizer(**more).fingerprint for more in ({}, {"nfc": True}, {"ignore_merges": True})}
+    assert len(prints) == 3, "what changes the ids must change the fingerprint"
+
+
+def test_a_stream_is_normalised_as_the_whole_text_wherever_it_is_cut():
+    whole = "cafe\u0301\u0323 \u1112\u1161\u11ab か\u3099 A\u030a\u0301 \u09c7\u09be क\u093c 词e\u0301 de\u0301"
+    expected = unicodedata.normalize("NFC", whole)
+    assert len(expected) < len(whole)
+    for cut in range(len(whole) + 1):
+        assert "".join(bpe.normalize_stream([whole[:cut], whole[cut:]])) == expected, cut
+    assert "".join(bpe.normalize_stream(whole)) == expected, "a character at a time"
+    with pytest.raises(UserError, match="text must be str"):
+        list(bpe.normalize_stream([b"bytes"]))
+
+
+def test_no_character_that_joins_the_one_before_it_is_taken_for_firm():
+    """Of all of Unicode: what combines, what ends a pair that has a composed form, and Hangul's parts."""
+    for character in map(chr, range(sys.maxunicode + 1)):
+        parts = unicodedata.decomposition(character).split()
+        first = unicodedata.normalize("NFD", character)[0]
+        joining = [chr(int(parts[1], 16))] if len(parts) == 2 and not parts[0].startswith("<") else []
+        if unicodedata.combining(first) or "\u1161" <= first <= "\u11ff":
+            joining.append(character)
+        assert not any(map(bpe.FIRM.match, joining)), (character, joining)
+    assert all(map(bpe.FIRM.match, "a \n.1字かД")), "then nothing of such a text would come out of a stream"
+
+
+@pytest.mark.parametrize("given_ids", [(270, 265, 5), (256, 257, 258)])
+def test_added_tokens_are_numbered_as_tokenizers_does_even_where_a_file_has_gaps(tmp_path, given_ids):
+    ids = (256, 257, 258)
+    tokenizers, path = pytest.importorskip("tokenizers"), tmp_path / "t.json"
+    Tokenizer([], ["<a>", "<b>", "<c>"]).save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for token, id in zip(content["added_tokens"], given_ids):
+        token["id"] = id
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert tuple(tokenizers.Tokenizer.from_file(str(path)).encode("<a><b><c>").ids) == ids
+    assert tuple(Tokenizer.load(path).encode("<a><b><c>", allow_special=True)) == ids
+
+
+def test_special_tokens_with_gaps_between_their_ids_keep_them_in_tokenizers_too(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = Tokenizer([(b"a", b"b")], {"<x y>": 400, "<é>": 300})
+    ours.save(tmp_path / "t.json")
+    same(Tokenizer.load(tmp_path / "t.json"), ours)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    for whole in ("ab<x y>é<é>", "<x y", "é x y"):
+        assert theirs.encode(whole).ids == ours.encode(whole, allow_special=True)
+
+
 def test_gpt2_files_give_the_same_ids(tmp_path):
     theirs = trained_by_tokenizers(None, [])
     theirs.model.save(str(tmp_path))
@@ -504,8 +648,8 @@ def steps(file):
     (lambda file: file["model"].update(type="WordPiece"), "model is WordPiece"),
     (lambda file: file["model"].update(type="Unigram", vocab=[["a", 0.5]]), "model is Unigram"),
     (lambda file: file["model"].update(byte_fallback=True), "byte_fallback"),
-    (lambda file: file["model"].update(ignore_merges=True), "ignore_merges"),
-    (lambda file: file.update(normalizer={"type": "NFC"}), "normalizer NFC"),
+    (lambda file: file.update(normalizer={"type": "NFKC"}), "normalizer NFKC"),
+    (lambda file: file.update(normalizer={"type": "Sequence", "normalizers": []}), "normalizer Sequence"),
     (lambda file: file.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
     (lambda file: file.update(pre_tokenizer=None), "missing"),
     (lambda file: steps(file)[0].update(behavior="Removed"), r"Split \+ ByteLevel"),

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 import model as model_file
 from config import UserError
 from model import (KVCache, ModelConfig, RMSNorm, Transformer, count_parameters, estimate_flops,
-                   generate)
+                   extend_embedding, generate)
 from support import CLOSE, TINY, VARIANTS, random_ids, random_model, randn, seeded, two_documents
 
 
@@ -289,7 +289,7 @@ def test_what_is_not_given_follows_from_the_rest():
     (dict(n_heads=4, n_kv_heads=8), "n_heads 4 is not divisible by n_kv_heads 8"),
     (dict(dim=36, n_heads=4), "head width 9 is odd"),
     (dict(head_dim=7), "head width 7 is odd"),
-    (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling .*yarn.* is not supported"),
+    (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling of yarn lacks factor"),
     (dict(n_layers=0), "n_layers 0 is out of range; it must be at least 1"),
     (dict(n_heads=0), "n_heads 0 is out of range"),
     (dict(n_kv_heads=0), "n_kv_heads 0 is out of range"),
@@ -324,3 +324,41 @@ def test_a_tiny_model_learns_one_batch_by_heart(changes):
         optimizer.step()
     assert loss < 0.1
     assert torch.equal(generate(model, ids[:, :1], 16, temperature=0).ids, ids[:, 1:]), "it cannot recite them"
+
+
+# More tokens
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_extended_model_keeps_what_it_knew_and_gives_new_tokens_little(tied):
+    """A new logit is the mean of the V old ones, so n new tokens together have at most n / (V + n)."""
+    model, ids, V, n = random_model(tie_embeddings=tied), random_ids(2, 9), 50, 3
+    before = model(ids).log_softmax(-1)
+    old = model.model.embed_tokens.weight.detach().clone()
+    extend_embedding(model, V + n)
+    logits = model(ids)
+    assert logits.shape == (2, 9, V + n) and model.config.vocab_size == model.model.config.vocab_size == V + n
+    assert_close(logits[..., V:], logits[..., :V].mean(-1, keepdim=True).expand(-1, -1, n), **CLOSE)
+    after = logits.log_softmax(-1)
+    assert after.exp()[..., V:].sum(-1).max() <= n / (V + n) + 1e-6
+    lost = before - after[..., :V]
+    assert lost.min() >= -1e-5 and lost.max() <= math.log(1 + n / V) + 1e-5  # 1e-5: float32
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(embedding[:V], old) and embedding.requires_grad
+    assert_close(embedding[V:], old.mean(0).expand(n, -1))
+    assert (model.lm_head.weight is embedding) == tied
+
+
+def test_an_extended_model_is_the_model_of_its_config_and_one_with_rows_to_spare_stays_as_it_is():
+    model = random_model()
+    weight = model.lm_head.weight
+    extend_embedding(model, 50)
+    extend_embedding(model, 40)
+    assert model.lm_head.weight is weight and TINY.vocab_size == 50
+    extend_embedding(model, 53)
+    same = Transformer(model.config)
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(same.eval()(random_ids(1, 5)), model(random_ids(1, 5)))
+    assert (model.lm_head.out_features, model.model.embed_tokens.num_embeddings) == (53, 53)
+    model(torch.tensor([[52]])).sum().backward()
+    assert model.model.embed_tokens.weight.grad[52].abs().sum() > 0

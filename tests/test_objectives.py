@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import bpe
 import data
 import objectives
+from attention import Mask
 from bpe import Tokenizer
 from checkpoint import save_model
 from data import IGNORE, Batches
@@ -78,25 +79,22 @@ def within(count, n, p, sigmas=4.5):
 # ---- Prefix LM ---------------------------------------------------------------------------------------------
 
 
-def prefix_lengths(mask):
-    return mask[:, 0].sum(dim=1)  # the first query sees the prefix, and at least itself
-
-
 def test_a_query_sees_what_is_before_it_and_all_of_the_prefix(shards):
     plain, prefix = Batches(shards, "train", 8, 12), PrefixLM(Batches(shards, "train", 8, 12), seed=0)
     for step in range(5):
         (inputs, targets), (same, kept, mask) = plain.at(step), prefix.at(step)
-        assert torch.equal(inputs, same) and mask.dtype == torch.bool and mask.shape == (8, 12, 12)
-        for row, length in enumerate(prefix_lengths(mask).tolist()):
+        assert torch.equal(inputs, same)
+        seen = mask.dense(torch.arange(12), torch.arange(12))[:, 0]  # (B, T, T)
+        for row, length in enumerate(mask.prefix.tolist()):
             for q in range(12):
-                assert mask[row, q].tolist() == [k <= q or k < length for k in range(12)]
+                assert seen[row, q].tolist() == [k <= q or k < length for k in range(12)]
                 expected = IGNORE if q + 1 < length else targets[row, q]
                 assert kept[row, q] == expected, f"target {q} of a prefix of {length}: is it shifted by one?"
 
 
 def test_every_length_that_leaves_a_suffix_is_as_likely(shards):
     prefix = PrefixLM(Batches(shards, "train", 50, 4), seed=1)
-    counts = Counter(length for step in range(40) for length in prefix_lengths(prefix.at(step)[2]).tolist())
+    counts = Counter(length for step in range(40) for length in prefix.at(step)[2].prefix.tolist())
     assert sorted(counts) == [1, 2, 3, 4], "of 5 tokens, at least one is prefix and one suffix"
     assert all(within(count, 2000, 1 / 4) for count in counts.values()), counts
 
@@ -118,13 +116,13 @@ def test_the_loss_is_that_of_the_suffix_given_the_prefix(shards):
     batch = PrefixLM(Batches(shards, "train", 4, 10), seed=2).at(0)
     (inputs, targets, mask), model = batch, small_model()
     loss_sum, count = next_token_loss(model, batch)
-    lengths = prefix_lengths(mask).tolist()
+    lengths = mask.prefix.tolist()
     assert count == sum(10 - length + 1 for length in lengths) and len(set(lengths)) > 1
     expected = 0.0
     for row, length in enumerate(lengths):
         for t in range(length - 1, 10):  # token t + 1 from tokens 0 … t: the rest is not there at all
             known = max(t + 1, length)
-            logits = model(inputs[row:row + 1, :known], mask=mask[row:row + 1, :known, :known])
+            logits = model(inputs[row:row + 1, :known], mask=Mask(prefix=mask.prefix[row:row + 1]))
             expected += F.cross_entropy(logits[0, t], targets[row, t])
     assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, other orders of summation
 
@@ -142,10 +140,14 @@ def test_a_window_that_is_filled_up_keeps_a_target(tmp_path):
     for seed in range(20):
         _, targets, mask = PrefixLM(batches, seed).at(0)
         assert (targets != IGNORE).any(dim=1).all()
-        assert prefix_lengths(mask).tolist() != [4, 4]
+        assert mask.prefix.tolist() != [4, 4]
 
 
 WRAPPERS = [PrefixLM, lambda batches, seed: FillInTheMiddle(batches, FIM, seed)]
+
+
+def tensors(batch):
+    return [x.prefix if isinstance(x, Mask) else x for x in batch]
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
@@ -155,7 +157,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_windows_number_alone(shards
     in_sequence = [alone.at(step) for step in range(6)]
     for step in (5, 0, 3, 3):
         parts = [ranks[rank].at(2 * step + half) for half in range(2) for rank in range(2)]
-        for whole, *pieces in zip(in_sequence[step], *parts):
+        for whole, *pieces in zip(*map(tensors, (in_sequence[step], *parts))):
             assert torch.equal(whole, torch.cat(pieces)), "2 ranks x 2 micro-batches x 2 differ from 8"
     other = wrap(Batches(shards, "train", 8, 16, seed=3), 4).at(0)
     assert not torch.equal(other[1], in_sequence[0][1]), "another seed changes nothing"
@@ -173,7 +175,7 @@ def test_what_the_loop_reads_of_batches_is_still_there(shards, wrap):
 def test_objectives_stand_around_each_other_and_around_replay(shards):
     mixed = data.Replay(Batches(shards, "train", 4, 16), Batches(shards, "train", 4, 16, seed=9), 0.5)
     inputs, targets, mask = PrefixLM(FillInTheMiddle(mixed, FIM, 0, rate=0.0), 0).at(2)
-    assert torch.equal(inputs, mixed.at(2)[0]) and mask.shape == (4, 16, 16)
+    assert torch.equal(inputs, mixed.at(2)[0]) and mask.prefix.shape == (4,)
 
 
 # ---- Fill in the middle ------------------------------------------------------------------------------------

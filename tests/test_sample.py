@@ -59,9 +59,12 @@ def parrot(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stdout, stderr) of sample.py, in this process: importing torch is slow."""
+    """run(*arguments) -> (exit code, stdout, stderr) of sample.py, in this process: importing torch is slow.
+
+    In fp32, of which nothing is said, unless the arguments say otherwise."""
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        precision = [] if "--precision" in arguments else ["--precision", "fp32"]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments), *precision])
         code = 0
         try:
             config.run(sample.main)
@@ -74,7 +77,7 @@ def run(monkeypatch, capsys):
 def start(*arguments, **settings):
     """sample.py as a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **settings}
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    command = [sys.executable, SCRIPT, *map(str, arguments), "--precision", "fp32"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
@@ -187,10 +190,94 @@ def test_generation_stops_at_each_end_token_that_the_folder_names(run, parrot, t
 
 def test_no_prompt_is_the_end_of_text_token_but_a_prompt_that_spells_it_is_ordinary_text(monkeypatch, run, parrot):
     prompts = []
-    monkeypatch.setattr(sample, "new_ids", lambda model, prompt, *rest: prompts.append(prompt) or iter([]))
+    monkeypatch.setattr(sample, "new_ids", lambda _, draft, prompt, *rest: prompts.append(prompt) or iter([]))
     assert run("--model", parrot) == (0, "\n", "")
     assert run("--model", parrot, "--prompt", "<|endoftext|>") == (0, "<|endoftext|>\n", "")
     assert prompts == [[256], list(b"<|endoftext|>")]
+
+
+# Precision, the first token, windows and guesses
+
+
+def test_precision_auto_is_as_training_chooses_and_is_said_once(monkeypatch, run, parrot):
+    def new_ids(model, *_):
+        seen.append(model.lm_head.weight.dtype)
+        return iter([])
+    monkeypatch.setattr(sample, "new_ids", new_ids)
+    for chosen, dtype, said in ((("bf16", "the CPU has it"), torch.bfloat16, "cpu, bf16: the CPU has it\n"),
+                                (("fp16", "scaled"), torch.float32, "cpu, fp32: bf16 does not pay here\n"),
+                                (("fp32", "so"), torch.float32, "cpu, fp32: bf16 does not pay here\n")):
+        monkeypatch.setattr(sample, "choose_precision", lambda wanted, device: chosen)
+        seen = []
+        _, _, err = run("--model", parrot, "--device", "cpu", "--precision", "auto", "--num_samples", 2)
+        assert (seen, err) == ([dtype] * 2, said)
+
+
+def test_a_bf16_model_says_the_same(run, parrot):
+    assert run("--model", parrot, "--temperature", 0, "--precision", "bf16") == (0, SAYING + "\n", "")
+
+
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                                                     {"Sequence": {"id": "A", "type_id": 0}}]}
+NO_TEMPLATE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+
+
+@pytest.mark.parametrize("settings, post_processor, first", [
+    (None, None, False),
+    ({}, None, False),
+    ({"add_bos_token": True, "bos_token": "<|endoftext|>"}, None, True),
+    ({"add_bos_token": True, "bos_token": {"content": "<|endoftext|>"}}, None, True),
+    ({"add_bos_token": True, "bos_token": None}, None, False),
+    (None, TEMPLATE, True),
+    ({"add_bos_token": None}, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}, True),
+    ({"add_bos_token": False, "bos_token": "<|endoftext|>"}, TEMPLATE, False),  # what is said goes first
+    ({}, NO_TEMPLATE, False),
+    ({}, {"type": "ByteLevel"}, False),
+], ids=str)
+def test_the_first_token_that_the_folder_asks_for_stands_before_the_prompt(monkeypatch, run, parrot, tmp_path,
+                                                                            settings, post_processor, first):
+    model = shutil.copytree(parrot, tmp_path / "copy")
+    content = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    content["post_processor"] = post_processor
+    (model / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (model / "tokenizer_config.json").unlink(missing_ok=True)
+    if settings is not None:
+        (model / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    prompts = []
+    monkeypatch.setattr(sample, "new_ids", lambda _, draft, prompt, *rest: prompts.append(prompt) or iter([]))
+    said = f"<|endoftext|> stands before the prompt, as {model} has it\n" if first else ""
+    for text in ("ab", ""):
+        assert run("--model", model, "--prompt", text) == (0, text + "\n", said)
+    assert prompts == ([[256, 97, 98], [256]] if first else [[97, 98], [256]])
+
+
+def test_a_first_token_that_the_tokenizer_does_not_know_is_refused(run, parrot, tmp_path):
+    model = copy_with(parrot, tmp_path / "copy")
+    content = {"add_bos_token": True, "bos_token": "<s>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
+    code, out, err = run("--model", model, "--prompt", "a")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "puts '<s>' before every text, but its" in err
+
+
+def test_with_a_window_a_text_outgrows_the_context(run, parrot):
+    arguments = ("--model", parrot, "--temperature", 0, "--window", 16, "--max_new_tokens", 300)
+    code, out, err = run(*arguments, "--prompt", "a " * 50 + "é")  # 102 tokens; the context has 64
+    assert (code, out, err) == (0, "a " * 50 + SAYING + "\n", "")
+    model, drawn = tiny_model(10), 0
+    model.config.sliding_window, model.config.attention_sinks = 16, 4
+    for _ in sample.new_ids(model, None, [1], set(), sample.Settings(max_new_tokens=300), torch.Generator()):
+        drawn += 1
+    assert drawn == 300
+
+
+def test_guesses_change_nothing_that_is_said(run, parrot, folder):
+    greedy = ("--model", folder, "--prompt", "the", "--temperature", 0)
+    plain = run(*greedy)
+    assert plain[0] == 0
+    for draft in ([], ["--draft", folder]):
+        assert run(*greedy, "--speculate", 3, *draft) == plain
+    code, out, err = run("--model", folder, "--prompt", "the", "--speculate", 3, "--draft", parrot)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "has another tokenizer than" in err
 
 
 # As it comes
@@ -204,7 +291,7 @@ def test_each_character_is_shown_as_soon_as_its_last_byte_is_drawn_and_never_bro
             self.shown = self.getvalue()
     terminal, seen = Terminal(), []
 
-    def stream(*_):
+    def stream(*_, **__):
         for byte in "é😀天a".encode():
             yield torch.tensor([byte]), None
             seen.append(terminal.shown)  # what the reader sees by the time the next token is asked for
@@ -218,13 +305,13 @@ def test_each_character_is_shown_as_soon_as_its_last_byte_is_drawn_and_never_bro
 def test_new_ids_come_one_by_one_without_the_one_that_ends_them(monkeypatch):
     drawn = []
 
-    def stream(model, prompts, length, *_):
+    def stream(model, prompts, length, *_, **__):
         assert (prompts, length) == ([[1, 2]], 62)
         for token in (5, 6, 7, 8):
             drawn.append(token)
             yield torch.tensor([token]), None
     monkeypatch.setattr(sample, "generate_stream", stream)
-    ids = sample.new_ids(tiny_model(10), [1, 2], {7}, sample.Settings(), None)
+    ids = sample.new_ids(tiny_model(10), None, [1, 2], {7}, sample.Settings(), None)
     assert next(ids) == 5 and drawn == [5], "tokens must not be drawn before they are asked for"
     assert list(ids) == [6] and drawn == [5, 6, 7]
 
@@ -239,6 +326,14 @@ def test_new_ids_come_one_by_one_without_the_one_that_ends_them(monkeypatch):
     (["--top_k", "0"], "top_k 0 is out of range"),
     (["--top_p", "0"], "top_p 0.0 is out of range"),
     (["--top_p", "1.1"], "top_p 1.1 is out of range"),
+    (["--min_p", "1.1"], "min_p 1.1 is out of range"),
+    (["--repetition_penalty", "0"], "repetition_penalty 0.0 is out of range"),
+    (["--speculate", "-1"], "--speculate -1 is out of range"),
+    (["--draft", "a"], "--draft is to guess, but --speculate is 0"),
+    (["--window", "0"], "--window 0 is out of range"),
+    (["--sinks", "-1"], "--sinks -1 is out of range"),
+    (["--window", "61", "--prompt", "x" * 64], "the prompt has 64 tokens, but this model reads at most 64"),
+    (["--window", "16", "--speculate", "2", "--prompt", "a"], "be taken back from a window of 16 tokens"),
     (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of range"),
     (["--num_samples", "0"], "--num_samples 0 is out of range"),
     (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import train
 from config import UserError, parse, require, run
 from checkpoint import load_model
+from generation import Packed
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
 from objectives import linear_cross_entropy, next_token_loss
 from parallel import Compute, Env, choose_precision, measure_peak, parallelize, setup
@@ -271,26 +272,30 @@ def decoding(rounds: int):
     for precision in dict.fromkeys(("fp32", choose_precision("auto", torch.device("cpu"))[0])):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         ours, theirs = ours.to(dtype), theirs.to(dtype)
-        for batch, prompt, new in ((1, 64, 128), (16, 64, 128), (1, 512, 1), (4, 512, 1)):
-            ids = torch.randint(DECODER.vocab_size, (batch, prompt))
-            seconds = against_peer(rounds, ours, theirs, ids, new)
-            tokens = batch * (new if new > 1 else prompt)
-            print(f"  {precision}, batch {batch:>2}, {prompt} tokens read, {new:>3} written: "
-                  f"{tokens / seconds['ours']:>7,.0f} tokens/s, transformers "
-                  f"{tokens / seconds['transformers']:>7,.0f}: "
-                  f"{seconds['transformers'] / seconds['ours']:.2f} x")
-            if batch == 1 and new > 1:
-                where_time_goes(ours, seconds["ours"] / new)
-        guessing(rounds, ours)
+        packing = alternate(rounds, pack=lambda: Packed(ours))["pack"]
+        print(f"  {precision}: packing the weights takes {packing * 1e3:.0f} ms, once, as in sample.py")
+        with Packed(ours):
+            for batch, prompt, new in ((1, 64, 128), (16, 64, 128), (1, 512, 1), (4, 512, 1)):
+                beside_peer(rounds, ours, theirs, batch, prompt, new)
+            guessing(rounds, ours)
     if os.path.isdir("runs/base"):
         model, tokenizer = load_model("runs/base")
-        guessing(rounds, model, tokenizer.encode("def read(self, size=-1):\n    "))
+        with Packed(model):
+            guessing(rounds, model, tokenizer.encode("def read(self, size=-1):\n    "))
 
 
-def against_peer(rounds: int, ours, theirs, ids, new: int) -> dict[str, float]:
+def beside_peer(rounds: int, ours, theirs, batch: int, prompt: int, new: int):
+    """Greedy generation by both, in turns; of one new token, the rate is that of reading the prompt."""
+    ids = torch.randint(DECODER.vocab_size, (batch, prompt))
     given = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
-    return alternate(rounds, ours=lambda: generate(ours, ids, new, temperature=0),
-                     transformers=lambda: theirs.generate(ids, max_new_tokens=new, **given))
+    seconds = alternate(rounds, ours=lambda: generate(ours, ids, new, temperature=0),
+                        transformers=lambda: theirs.generate(ids, max_new_tokens=new, **given))
+    tokens = batch * (new if new > 1 else prompt)
+    print(f"    batch {batch:>2}, {prompt} tokens read, {new:>3} written: "
+          f"{tokens / seconds['ours']:>7,.0f} tokens/s, transformers "
+          f"{tokens / seconds['transformers']:>7,.0f}: {seconds['transformers'] / seconds['ours']:.2f} x")
+    if batch == 1 and new > 1:
+        where_time_goes(ours, seconds["ours"] / new)
 
 
 def where_time_goes(model: Transformer, seconds: float):
@@ -302,8 +307,8 @@ def where_time_goes(model: Transformer, seconds: float):
     bandwidth = block.nbytes / alternate(5, sum=block.sum)["sum"]
     print(f"    a token reads {weights / 1e6:.0f} MB of weights; at the {bandwidth / 1e9:.0f} GB/s at which "
           f"this machine sums a large tensor that takes {weights / bandwidth * 1e3:.1f} ms of its "
-          f"{seconds * 1e3:.1f}, {weights / bandwidth / seconds:.0%}; the rest: attention, norms, calls, the "
-          f"prompt, and packing the weights")
+          f"{seconds * 1e3:.1f}, {weights / bandwidth / seconds:.0%}; the rest: attention, norms, calls, and "
+          f"the prompt")
 
 
 def guessing(rounds: int, model: Transformer, prompt: list[int] | None = None):

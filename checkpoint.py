@@ -358,7 +358,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows "
                         f"{config.vocab_size}: they do not belong together")
-    tokenizer.chat_template, tokenizer.eos_token = read_chat_template(folder), read_eos_token(folder, tokenizer)
+    tokenizer.chat_template = read_chat_template(folder)
+    tokenizer.eos_token = read_eos_token(folder, tokenizer)
     return tokenizer
 
 

@@ -87,7 +87,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         exact = torch.float32 if product == torch.float16 else product
         weight, exact_weight = weight.to(product), weight.to(exact)  # once, not for each few rows
-        # 2^21 float32 are 8 MB: about what a CPU's cache holds. But the weight's gradient, (V, C), is read and
+        # 2^21 float32 are 8 MB: what a CPU's cache holds. But the weight's gradient, (V, C), is read and
         # written for each chunk: no fewer rows than 2 C, or that costs more than the products
         rows = max(2 * hidden.size(1), (2 ** 27 if hidden.is_cuda else 2 ** 21) // max(1, len(weight)))
         loss_sum = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: a model that continues texts learns to answer (Ouyang et al. 2022, section 3.1).
 
-    python sft.py                                  # runs/base -> runs/sft, on questions about Python functions
-    python sft.py --data gsm8k.jsonl --show_mask 2 # any conversations; see what is learnt, then learn it
+    python sft.py                                  # runs/base -> runs/sft, on questions about functions
+    python sft.py --data gsm8k.jsonl --show_mask 2 # any conversations (chat.py); first see what is learnt
     python sample.py --chat runs/sft
 
 The loop, the loss and all layouts are pretraining's (train.py). Unlike pretraining:
@@ -172,15 +172,16 @@ def examples_of(conversations: Sequence[dict], tokenizer: Tokenizer, template: T
             examples.append((ids, [True] * len(ids) if settings.loss_on_prompts else mask))
     dropped = len(conversations) - len(examples)
     if not examples:
-        raise UserError(f"none of the {dropped:,} conversations fits into --seq_len {settings.seq_len} tokens; "
-                        f"pass more")
+        raise UserError(f"none of the {dropped:,} conversations fits into --seq_len {settings.seq_len} "
+                        f"tokens; pass more")
     if dropped:
-        say(f"dropped: {dropped:,} of {len(conversations):,} conversations, longer than {settings.seq_len} tokens")
+        say(f"dropped: {dropped:,} of {len(conversations):,} conversations, longer than {settings.seq_len} "
+            f"tokens")
     return examples
 
 
 def show_masks(examples, tokenizer: Tokenizer, number: int) -> None:
-    """Print a few conversations, what is learnt of them in green (and between » and « where no terminal is)."""
+    """Print a few conversations, what is learnt in green (between » and « where no terminal is)."""
     begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("»", "«")
     for ids, mask in examples[:number]:
         text = ""
@@ -386,21 +387,22 @@ class Base(NamedTuple):
 
 
 def start(settings: Settings, template: Template, env: Env) -> tuple[Transformer, Tokenizer, Base]:
-    """The model of init_from with the template's tokens and room for seq_len tokens; and what it was before."""
+    """The model of init_from with the template's tokens and room for seq_len tokens; and what it was."""
     model, tokenizer = load_model(settings.init_from)
     if tokenizer is None:
         raise UserError(f"{settings.init_from} has no tokenizer.json that can be read; conversations cannot "
                         f"be written for it")
     grown = with_chat_tokens(tokenizer, template)
     if grown.vocab_size > model.config.vocab_size:
-        env.say(f"new tokens: {' '.join(list(grown.special_tokens)[-(grown.vocab_size - tokenizer.vocab_size):])}"
-                f"; the embedding grows from {model.config.vocab_size:,} to {grown.vocab_size:,} rows")
+        new = [token for token in grown.special_tokens if token not in tokenizer.special_tokens]
+        env.say(f"new tokens: {' '.join(new)}; the embedding grows from {model.config.vocab_size:,} to "
+                f"{grown.vocab_size:,} rows")
         extend_embedding(model, grown.vocab_size)
     limit = model.config.max_seq_len
     if settings.seq_len > limit:
         if settings.rope_scaling is None:
-            raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {limit} of {settings.init_from}; "
-                            f"pass a shorter --seq_len, or a --rope_scaling")
+            raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {limit} of "
+                            f"{settings.init_from}; pass a shorter --seq_len, or a --rope_scaling")
         model.config = model.model.config = extended(model.config, settings.rope_scaling,
                                                      settings.seq_len / limit)
         env.say(f"reads {settings.seq_len} tokens instead of {limit}, by the rule {settings.rope_scaling}")
@@ -412,6 +414,10 @@ def read_splits(settings: Settings, env: Env) -> dict[str, list[dict]]:
     """{"train", "val"}: the conversations of --data; of a single file every so manieth is held out."""
     place, read = Path(settings.data), []
     files = [place / "train.jsonl", place / "val.jsonl"] if place.is_dir() else [place]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"there is no {file}; --data is a file of conversations, or a folder with "
+                            f"train.jsonl and val.jsonl")
     with contextlib.redirect_stdout(None) if env.rank else contextlib.nullcontext():
         read = [list(read_conversations(file)) for file in files]
     if len(read) == 2:
@@ -432,7 +438,8 @@ def pack(settings: Settings, conversations: dict[str, list[dict]], tokenizer: To
     packed = {}
     for split, chosen in conversations.items():
         examples = examples_of(chosen, tokenizer, template, settings, env.say)
-        learnt = sum(len(tokenizer.decode_bytes([id for id, m in zip(ids, mask) if m])) for ids, mask in examples)
+        learnt = sum(len(tokenizer.decode_bytes([id for id, m in zip(ids, mask) if m]))
+                     for ids, mask in examples)
         packed[split] = Packed(examples, *size, settings.seed, **place, text_bytes=learnt)
         env.say(f"{split}: {len(examples):,} conversations in {packed[split].windows:,} windows of "
                 f"{settings.seq_len} tokens, {1 - packed[split].used:.1%} padding")

@@ -103,8 +103,8 @@ class Loop(Compute):
         self.batch_start = self.batch_size if self.batch_start is None else self.batch_start
         sizes = ("batch_size", "micro_batch_size", "steps", "save_every")
         require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), warmup_steps=(0, None),
-                decay_share=(0, 1), final_lr=(0, 1), weight_decay=(0, 10), betas=(0, 0.999999), eps=(1e-15, 1),
-                clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None), spike=(0, None),
+                decay_share=(0, 1), final_lr=(0, 1), weight_decay=(0, 10), betas=(0, 0.999999),
+                eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None), spike=(0, None),
                 max_rollbacks=(0, None), ramp_tokens=(0, None), batch_start=(1, self.batch_size),
                 seed=(0, 2 ** 63 - 1))
         if self.batch_size % self.batch_start:
@@ -628,9 +628,9 @@ def check_room(config: ModelConfig):
     """Raise UserError where not even the weights, which are made on the CPU, fit into its memory."""
     need, free = 4 * count_parameters(config), free_memory(torch.device("cpu"))
     if free is not None and need > free:
-        raise UserError(f"the weights of this model take {need / 2 ** 30:,.1f} GiB, and {free / 2 ** 30:,.1f} "
-                        f"GiB are free for this process; choose a smaller --dim or --n_layers, or fewer "
-                        f"processes on this machine")
+        raise UserError(f"the weights of this model take {need / 2 ** 30:,.1f} GiB, and "
+                        f"{free / 2 ** 30:,.1f} GiB are free for this process; choose a smaller --dim or "
+                        f"--n_layers, or fewer processes on this machine")
 
 
 def planned_config(settings: Settings, vocab_size: int | None = None) -> ModelConfig:

@@ -40,7 +40,7 @@ AWKWARD = ["", " ", "\x00", "a\x00b", "\r\n", "a\r\nb\rc\n", "  two   three    "
            "1234567 ٣٤٥٦ ⅷ²", "\ufeffBOM", "a\u00a0b\u2003c\u3000d\u200be", "\x1c\x85\u2028", "\ufffd",
            "<|endoftext|>", "!?...\n\n\n", "\U0010ffff\U000e0001"]
 
-# Characters over which tokenizers tend to differ, and all others that this Python's Unicode has. Newer ones are
+# Characters over which tokenizers tend to differ, and all others that this Python's Unicode has. Newer are
 # cut as letters or as signs, depending on the age of each library's tables.
 assigned = st.characters(exclude_categories=["Cs", "Cn"]).filter(lambda c: unicodedata.category(c) != "Cn")
 awkward = st.sampled_from(" \n\r\t'sStTlLdD.,!_09aZéß字の🙂\u0301\u200d\x00\u00a0\u017f")
@@ -84,7 +84,7 @@ def test_overlapping_pairs_count_twice_in_both_trainers():
 
 def test_ties_go_to_the_greatest_pair_of_bytes():
     assert train_plain(["ab", "cd", "cb"], 257) == [(b"c", b"d")]
-    texts = ["ab", "abx", "abx", "ax", "ax"]  # after ab, (ab, x) and (a, x) tie, and the longer is the greater
+    texts = ["ab", "abx", "abx", "ax", "ax"]  # after ab, (ab, x) and (a, x) tie, the longer is the greater
     expected = [(b"a", b"b"), (b"ab", b"x"), (b"a", b"x")]
     assert Tokenizer.train(texts, 259).merges == train_plain(texts, 259) == expected
 

@@ -1,4 +1,4 @@
-"""checkpoint.py: tensors, models, states; checked against safetensors and transformers; damaged and killed."""
+"""checkpoint.py: tensors, models, states; against safetensors and transformers; damaged and killed."""
 import builtins
 import errno
 import json

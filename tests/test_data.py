@@ -575,14 +575,15 @@ def test_the_checksum_can_be_left_to_another_process(tmp_path):
 @pytest.mark.parametrize("stride", [1, 3, 7, 16])
 def test_overlapping_windows_make_every_token_a_target_once_after_enough_others(tmp_path, stride):
     out = tmp_path / "shards"
-    data.prepare(data.Settings(input=(write_texts(tmp_path),), out=str(out), vocab_size=260, val_fraction=0.3, workers=1))
+    data.prepare(data.Settings(input=(write_texts(tmp_path),), out=str(out), vocab_size=260,
+                               val_fraction=0.3, workers=1))
     batches = data.Batches(out, "val", 3, 16, stride=stride)
     seen = []
     for step in range(batches.steps):
         for inputs, targets in zip(*batches.in_order(step)):
             for t in (targets != data.IGNORE).nonzero().flatten().tolist():
                 assert inputs[t] == batches.data[len(seen)] and targets[t] == batches.data[len(seen) + 1]
-                assert t >= min(len(seen), 16 - stride), "a target with less context than the overlap promises"
+                assert t >= min(len(seen), 16 - stride), "a target with less context than promised"
                 seen.append(int(targets[t]))
     assert seen == batches.data[1:].tolist()
 

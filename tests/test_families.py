@@ -180,7 +180,7 @@ def test_transformers_finds_both_spellings_of_the_positions_alike(name):
     content.pop("layer_types", None)  # transformers 4 had max_window_layers alone at first
     assert families.from_hugging_face(content) == families.from_hugging_face(old)
     if "linear" in name or "dynamic" in name:
-        assert set(content["rope_parameters"]) == {"rope_type", "factor", "rope_theta"}, "theirs knows no other"
+        assert set(content["rope_parameters"]) == {"rope_type", "factor", "rope_theta"}, "it knows no other"
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -323,7 +323,7 @@ def test_a_tiny_model_learns_one_batch_by_heart(changes):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
-    assert torch.equal(generate(model, ids[:, :1], 16, temperature=0).ids, ids[:, 1:]), "it cannot recite them"
+    assert torch.equal(generate(model, ids[:, :1], 16, temperature=0).ids, ids[:, 1:]), "it cannot recite"
 
 
 # More tokens

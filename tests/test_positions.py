@@ -55,7 +55,7 @@ def test_rope_angles_are_float32_even_far_out_and_in_a_bfloat16_model():
 
 
 def test_rope_equals_transformers_bit_for_bit_at_any_position():
-    """So nothing is permuted on the way in or out. The last bit of a frequency is 0.003 at position 30,000."""
+    """So nothing is permuted on the way in or out. A frequency's last bit is 0.003 at position 30,000."""
     positions = torch.tensor([[0, 1, 77, 30000]])
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope))

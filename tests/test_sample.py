@@ -1,6 +1,6 @@
 """sample.py as its user meets it: a folder, a prompt, text as it comes, one line for each mistake.
 
-Two models: one with random weights; and a parrot, whose every token has one successor, so one knows what it says.
+Two models: one with random weights; and a parrot, whose every token has one successor, so its text is known.
 """
 import io
 import json
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 def parrot(tmp_path_factory):
     """A model that says SAYING, byte by byte, after the end-of-text token, and then end-of-text again.
 
-    An untrained block changes nothing, so the head sees the embedding, and answers with the next of the cycle.
+    An untrained block changes nothing, so the head sees the embedding, and answers the next of the cycle.
     """
     tokenizer = Tokenizer([], ["<|endoftext|>"])
     cycle = [256, *SAYING.encode()]

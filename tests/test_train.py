@@ -683,7 +683,8 @@ def test_two_commands_at_once_do_not_train_in_one_folder(monkeypatch, capsys, fi
     import survive
     out = copy_of(finished[1], tmp_path)
     with survive.alone(out):
-        code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4", "--overwrite")
+        code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4",
+                                  "--overwrite")
     assert code == 2 and "another process is training in" in errors and digest(out) == digest(finished[1])
     code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4")
     assert code == 0, f"the folder is free again: {errors}"
@@ -692,7 +693,8 @@ def test_two_commands_at_once_do_not_train_in_one_folder(monkeypatch, capsys, fi
 # ---- going on from a model ---------------------------------------------------------------------------------
 
 
-BASE = ["--seq_len", "32", "--batch_size", "4", "--steps", "6", "--precision", "fp32", "--sample_prompts", "def "]
+BASE = ["--seq_len", "32", "--batch_size", "4", "--steps", "6", "--precision", "fp32",
+        "--sample_prompts", "def "]
 
 
 def test_init_from_begins_with_that_model_and_watches_old_and_new_text(monkeypatch, capsys, finished, shards,

@@ -229,12 +229,13 @@ def prepare(mask: Mask, B: int, T: int, cache: "KVCache | None", config: "ModelC
     mask.check(B, T, past + T)
     rolling = isinstance(cache, RollingCache)
     if rolling:
-        cache.check(mask)
+        cache.check(mask, past + T)
     if not mask.tensors and mask.window is None and (past == 0 or T == 1):
         return None
     rolling = rolling and past > 0  # what it is given first, it returns as it is
     keys = cache.columns(T, device) if rolling else torch.arange(past + T, device=device)
     turn = turn_back(mask, past, T, config, device) if mask.sinks else None
+    # its kernel takes heads of 16 numbers and more, and knows no sinks: these go in blocks on a GPU, too
     if T > 1 and turn is None and config.head_dim >= 16 and has_flex(device):
         return Prepared(flex=flex_mask(mask, past, T, keys))
     blocks = []
@@ -262,6 +263,9 @@ def turn_back(mask: Mask, past: int, T: int, config: "ModelConfig", device) -> t
     their true positions, and the query is turned back, in front of the sinks only. (LM-Infinite, Han et al.
     2023, bounds distances likewise; there all sinks end up at one and the same.)
     """
+    if (config.rope_scaling or {}).get("rope_type") == "dynamic":
+        raise UserError("attention sinks keep their distance, so a rope_scaling of type dynamic, which "
+                        "follows the length, cannot go with them; choose another, or no sinks")
     shift = torch.arange(past, past + T, device=device) - (mask.sinks + mask.window - 1)
     cos, sin = rope_angles(shift.clamp(min=0), config.head_dim, config.rope_theta, config.rope_scaling)
     sharpness = torch.hypot(cos, sin)  # YaRN's temperature, which the query has had already; else 1
@@ -414,9 +418,12 @@ class RollingCache(KVCache):
         slots = torch.arange(min(past + 1, self.sinks + self.window), device=device)
         return torch.where(slots < self.sinks, slots, past - (past - slots) % self.window)
 
-    def check(self, mask: Mask):
-        """Raise UserError where the mask may look at what is not kept."""
-        elsewhere = mask.window is not None and (mask.window, mask.sinks) != (self.window, self.sinks)
+    def check(self, mask: Mask, S: int):
+        """Raise UserError where the mask, of S columns, may look at what is not kept."""
+        if mask.window is None:  # so it sees all S
+            elsewhere = S > self.window + self.sinks
+        else:
+            elsewhere = (mask.window, mask.sinks) != (self.window, self.sinks)
         if elsewhere or mask.allowed is not None:
             raise UserError(f"a rolling cache keeps {self.sinks} sinks and a window of {self.window}; use a "
                             f"KVCache with a mask that looks elsewhere")

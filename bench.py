@@ -1,7 +1,7 @@
 """How fast this is, as ratios: each figure beside that of a named peer, measured in the same run, in turns.
 
-    python bench.py                       # all that a CPU can measure; three minutes on two cores
-    python bench.py --only training       # one of: training, loss, sharding, decoding, memory, gpu
+    python bench.py                       # training, loss, sharding, decoding; six minutes on two cores
+    python bench.py --only training       # one of these, or:
     python bench.py --only decoding       # tokens a second of generate; three minutes
     python bench.py --only memory         # estimated and measured peaks of a training step; three minutes
     python bench.py --only gpu            # MFU at 124 M and 1 B parameters, beside transformers' on that GPU

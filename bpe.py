@@ -484,7 +484,9 @@ class Tokenizer:
         if not missing:
             return self
         added = {text: id for id, text in enumerate(missing, self.vocab_size)}
-        return Tokenizer(self.merges, self.special_tokens | added, *self._settings())
+        grown = Tokenizer(self.merges, self.special_tokens | added, *self._settings())
+        grown.eos_token, grown.chat_template = self.eos_token, self.chat_template
+        return grown
 
     def ordinary_vocab(self) -> dict[int, bytes]:
         """The vocabulary without the special tokens."""

@@ -249,7 +249,7 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, 
     """(model in eval mode, its tokenizer or None) from a folder of ours, or of a family of families.py.
 
     Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and
-    where the model has a feature that ours has not. A tokenizer of a kind that bpe.py cannot read is None,
+    where the model has a feature that ours has not. A tokenizer of a kind that cannot be read here is None,
     and a line says so. In memory: the model in `dtype`, and the pages of one tensor as stored.
     """
     folder = Path(folder)

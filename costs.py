@@ -119,7 +119,8 @@ def estimate_memory(config: "ModelConfig", batch_size: int, seq_len: int, *, opt
     and their sum, "total".
 
     batch_size: windows held at once, a micro-batch. chunk: logits that the chunked loss holds at once.
-    masked: batches bring a mask (B, T, T). shards: into how many parts "fsdp" and "hsdp" cut the weights.
+    masked: batches bring a mask; a bound, as if it let all T see all T. shards: into how many parts "fsdp"
+    and "hsdp" cut the weights.
 
     Each part is the most that it takes. Together they are what a micro-batch finds that is not the first of
     its step; a step of one stays below, its gradients coming as its activations go, and so do checkpointed

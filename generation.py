@@ -344,18 +344,18 @@ def packed_forwards(layers: list[nn.Linear]) -> list[tuple[nn.Linear, Callable[[
     product = torch.ops.mkldnn._linear_pointwise.default
     sizes, dtype = [layer.out_features for layer in layers], weight.dtype
     del weight  # the packed copy is enough
-    last = (None, ())  # the input, and the outputs of all layers
+    last = None, {}  # the input, and the outputs that are not handed out yet
 
     def forward(number: int, x: Tensor) -> Tensor:
         nonlocal last
         if x.dtype != dtype:  # under autocast
             return F.linear(x, layers[number].weight, layers[number].bias)
-        known = last
-        if number == 0 or known[0] is not x:
-            known = last = x, product(x, packed, bias, "none", [], "").split(sizes, dim=-1)
-        if number == len(layers) - 1:
-            last = (None, ())
-        return known[1][number]
+        if last[0] is not x or number not in last[1]:  # each output is handed out once: x may change in place
+            last = x, dict(enumerate(product(x, packed, bias, "none", [], "").split(sizes, dim=-1)))
+        out = last[1].pop(number)
+        if not last[1]:
+            last = None, {}  # keeps nothing alive
+        return out
     return [(layer, functools.partial(forward, number)) for number, layer in enumerate(layers)]
 
 
@@ -414,9 +414,15 @@ def check_speculation(config: "ModelConfig", prompts: list[Tensor], max_new_toke
     if len(prompts) > 1:
         raise UserError(f"speculate works on one prompt at a time, and there are {len(prompts)}; pass 0")
     for each in [config] if draft is None else [config, draft.config]:
-        if each.sliding_window is not None and len(prompts[0]) + max_new_tokens > each.sliding_window:
-            raise UserError(f"a guess cannot be taken back from a window of {each.sliding_window} tokens, "
-                            f"whose cache overwrites the oldest; pass speculate 0")
+        kept = math.inf if each.sliding_window is None else each.sliding_window + each.attention_sinks
+        if len(prompts[0]) + max_new_tokens > kept:
+            raise UserError(f"a guess cannot be taken back from a window of {kept} tokens, whose cache "
+                            f"overwrites the oldest; pass speculate 0")
+        scaling = each.rope_scaling or {"rope_type": None}
+        if scaling["rope_type"] == "dynamic" and \
+                len(prompts[0]) + max_new_tokens > scaling["original_max_position_embeddings"]:
+            raise UserError("a rope_scaling of type dynamic gives other angles where several tokens are read "
+                            "in one pass, so guesses would change what is drawn; pass speculate 0")
     if draft is not None:
         if draft.config.vocab_size != config.vocab_size:
             raise UserError(f"the draft model has {draft.config.vocab_size} ids and the model "

@@ -42,6 +42,7 @@ class MetaspaceTokenizer(Tokenizer):
     Unlike there, decode(encode(text)) is the text but for every ▁, now a space; and `decode_bytes` and
     `decode_stream`, by which a text is gone on with, keep the space before a first word.
     """
+    nfc, ignore_merges, shown = False, False, ()  # what a Tokenizer has; here the content says it all
 
     def __init__(self, content: dict):
         model = content["model"]
@@ -119,8 +120,13 @@ class MetaspaceTokenizer(Tokenizer):
     def with_special_tokens(self, texts) -> "MetaspaceTokenizer":
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         missing = [text for text in texts if text not in self.special_tokens]
+        if not missing:
+            return self
         added = [{"id": id, "content": text, **flags} for id, text in enumerate(missing, self.vocab_size)]
-        return MetaspaceTokenizer({**self._content, "added_tokens": [*self._content["added_tokens"], *added]})
+        added = [*self._content["added_tokens"], *added]
+        grown = MetaspaceTokenizer({**self._content, "added_tokens": added})
+        grown.eos_token, grown.chat_template = self.eos_token, self.chat_template
+        return grown
 
     def __reduce__(self):
         return MetaspaceTokenizer, (self._content,)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Some of these names are imported to be names of this file, too (F401)
 from attention import KVCache, LayerCache, Mask, Prepared, attend, attention, prepare  # noqa: F401
 from config import UserError, parse, require, run
 from costs import cost_table, count_parameters, estimate_flops, estimate_memory  # noqa: F401
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Prepared | None,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], prepared: Prepared | None,
                 cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
         # (B, T, C) -> (B, H, T, D) for queries, (B, K, T, D) for keys and values
@@ -120,7 +121,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D), S = all positions so far
-        out = attend(q, k, v, mask)  # (B, H, T, D)
+        out = attend(q, k, v, prepared)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, C)
 
 
@@ -145,8 +146,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x, rope, prepared=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, prepared, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -291,7 +292,7 @@ PRESETS = {  # arguments of ModelConfig; published models as the config.json on 
     # Jiang et al. 2023, table 1
     "mistral-7b": dict(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, ffn_dim=14336,
                        max_seq_len=32768, sliding_window=4096, norm_eps=1e-5),
-    # Zhang et al. 2024 (TinyLlama), table 2
+    # Zhang et al. 2024 (TinyLlama); heads as in its config.json
     "tinyllama-1.1b": dict(vocab_size=32000, dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632,
                            max_seq_len=2048, norm_eps=1e-5),
     # Allal et al. 2025

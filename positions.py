@@ -236,7 +236,7 @@ def extended(config: "ModelConfig", rule: str, factor: float) -> "ModelConfig":
     """The config of the same model, to read `factor` times as far by a rule, `ntk` or one of KEYS.
 
     ntk changes no more than rope_theta, so no config needs to know it, here or in a folder. Raises UserError
-    where the model is extended already: the rules do not add up.
+    where the model is extended already (which ntk leaves no trace of): the rules do not add up.
     """
     if config.rope_scaling is not None:
         raise UserError(f"this model is extended already, by {config.rope_scaling['rope_type']} with factor "

@@ -373,8 +373,8 @@ def obey(command: str, argument: str, talk: Talk, settings: Settings):
         elif command == "/help":
             print(HELP, file=sys.stderr)
         else:
-            raise UserError(f"there is no command {command:.60}; /help lists them, and a second / in front says "
-                            f"this as a text")
+            raise UserError(f"there is no command {command:.60}; /help lists them, and a second / in front "
+                            f"says this as a text")
     except UserError as error:
         tell(error)
 

@@ -27,7 +27,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,8 @@ class Loop(Compute):
     save_every: int = 100  # steps between states; the last two are kept, and the best by held-out loss
     profile: bool = False  # record a few steps: a table of where the time goes, and trace.json for a browser
 
+    free: ClassVar[frozenset] = frozenset()  # a stage's own settings that may differ between parts of a run
+
     def check_loop(self):
         """Raise UserError where one of these is out of range, or they do not go together."""
         self.check_compute()
@@ -104,8 +106,8 @@ class Loop(Compute):
         sizes = ("batch_size", "micro_batch_size", "steps", "save_every")
         require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), warmup_steps=(0, None),
                 decay_share=(0, 1), final_lr=(0, 1), weight_decay=(0, 10), betas=(0, 0.999999),
-                eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None), spike=(0, None),
-                max_rollbacks=(0, None), ramp_tokens=(0, None), batch_start=(1, self.batch_size),
+                eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None),
+                spike=(0, None), max_rollbacks=(0, None), ramp_tokens=(0, None), batch_start=(1, self.batch_size),
                 seed=(0, 2 ** 63 - 1))
         if self.batch_size % self.batch_start:
             raise UserError(f"batch_start {self.batch_start} does not divide batch_size {self.batch_size}; "
@@ -371,7 +373,7 @@ def begin(model, settings, env, tokenizer, corpus: dict) -> tuple[Run, Log]:
     """The run of these settings, at the newest state in settings.out, else before step 1; and its log."""
     model = parallelize(model.train(), env)
     optimizer = make_optimizer(model, settings, env.say, env.products)
-    free = FREE | getattr(settings, "free", set())
+    free = FREE | settings.free
     identity = {name: value for name, value in asdict(settings).items() if name not in free} | corpus
     run = Run(Path(settings.out), model, tokenizer, optimizer, env, identity)
     run.load()

@@ -154,6 +154,7 @@ def test_no_query_sees_beyond_its_reach(rules):
 def test_the_reach_of_a_window_is_no_wider_than_it():
     assert Mask(window=4).reach(100, 110) == (97, 110)
     assert Mask(documents=torch.arange(20)[None] // 6).reach(13, 15) == (12, 15)
+    assert Mask(prefix=PREFIX).reach(0, 2) == (0, 6) and Mask(prefix=PREFIX).reach(8, 10) == (0, 10)
 
 
 def test_a_prefix_is_seen_from_before_it_and_the_rest_is_causal():
@@ -489,13 +490,23 @@ def test_a_cache_that_has_rolled_refuses_to_forget():
 
 
 @pytest.mark.parametrize("sinks, mask, message", [
-    (0, Mask(window=7), "keeps 0 sinks and a window of 5"),
-    (2, Mask(window=5), "keeps 2 sinks and a window of 5"),
-    (0, torch.ones(1, 8, 8) > 0, "use a KVCache"), (2, torch.ones(1, 8) > 0, "sinks with padding")])
+    (0, torch.ones(1, 4, 4) > 0, "use a KVCache"), (2, torch.ones(1, 4) > 0, "sinks with padding")])
 def test_a_rolling_cache_refuses_a_mask_that_looks_elsewhere_from_the_start(sinks, mask, message):
     model = random_model(sliding_window=5, attention_sinks=sinks)
-    with pytest.raises(UserError, match=message):
-        model(random_ids(1, 8), mask=mask, cache=make_cache(model.config, 1, 20))
+    with pytest.raises(UserError, match=message):  # 4 tokens: all of them still fit into the window
+        model(random_ids(1, 4), mask=mask, cache=make_cache(model.config, 1, 20))
+
+
+@pytest.mark.parametrize("sinks, mask", [(0, Mask(window=7)), (0, Mask(window=12)), (2, Mask(window=9))])
+@pytest.mark.parametrize("sizes", [[1] * 9, [5, 4], [9]], ids=str)
+def test_a_rolling_cache_refuses_a_mask_that_looks_at_what_it_has_dropped(sinks, mask, sizes):
+    model = random_model(sliding_window=5, attention_sinks=sinks)
+    cache, read = make_cache(model.config, 1, 20), 0
+    with pytest.raises(UserError, match=f"keeps {sinks} sinks and a window of 5"):
+        for part in random_ids(1, 9).split(sizes, dim=1):
+            model(part, mask=mask, cache=cache)
+            read += part.size(1)
+    assert read <= 5 + sinks, "what was dropped was not seen, and nobody was told"
 
 
 def test_the_window_and_not_the_text_must_fit_into_max_seq_len():

@@ -380,6 +380,17 @@ def test_packed_weights_work_under_autocast():
         assert generate(model, [[1, 2, 3]], 10, temperature=0).ids.shape == (1, 10)
 
 
+def test_generate_packs_where_it_pays_and_never_beyond_the_limit(monkeypatch):
+    model, seen = random_model(), []
+    model.model.register_forward_hook(lambda *_: seen.append("forward" in vars(model.lm_head)))
+    for new, T in ((7, 1), (8, 1), (1, 50)):
+        generate(model, random_ids(6, T), new, temperature=0)
+    here = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert seen == [False] * 7 + [here] * 8 + [here]
+    monkeypatch.setattr(Packed, "LIMIT", 1000)
+    assert Packed(model).forwards == {}
+
+
 # What is refused
 
 
@@ -427,3 +438,14 @@ def test_a_model_whose_logits_are_not_finite_is_refused(settings):
 def test_what_cannot_be_generated_is_refused_with_a_reason(prompt, settings, message):
     with pytest.raises(UserError, match=message):
         generate(random_model(), prompt, **{"max_new_tokens": 3, **settings})
+
+
+def test_guesses_that_could_not_be_taken_back_are_refused_before_the_first_token():
+    for changes, message in ((dict(sliding_window=10), "taken back from a window of 10 tokens"),
+                             (dict(max_seq_len=99, rope_scaling={
+                                 "rope_type": "dynamic", "factor": 4.0,
+                                 "original_max_position_embeddings": 10}), "other angles where several")):
+        model = random_model(**changes)
+        with pytest.raises(UserError, match=message):
+            next(generate_stream(model, [[1] * 4], 10, speculate=2))
+        assert generate(model, [[1] * 4], 6, temperature=0, speculate=2).ids.shape == (1, 6)

@@ -104,8 +104,9 @@ def test_ntk_is_plain_rope_with_a_larger_base(head_dim):
 
 def test_dynamic_is_plain_up_to_the_trained_length_bit_for_bit():
     for factor in (1.0, 3.3, 4.0):
-        got = dynamic(frequencies(), factor, 128, torch.arange(128))
-        assert torch.equal(got, frequencies()[None])
+        for T in (1, 50, 128):
+            got = dynamic(frequencies(), factor, 128, torch.arange(T))
+            assert torch.equal(got, frequencies()[None]), "a short text must not speed the pairs up"
 
 
 def test_dynamic_grows_with_the_length_of_each_row_alone():

@@ -146,8 +146,8 @@ def examples_of(conversations: Sequence[dict], tokenizer: Tokenizer, template: T
             examples.append((ids, [True] * len(ids) if loss_on_prompts else mask))
     dropped = len(conversations) - len(kept)
     if not kept:
-        raise UserError(f"none of the {dropped:,} conversations fits into --seq_len {seq_len} tokens; pass "
-                        f"more")
+        raise UserError(f"none of the {dropped:,} conversations fits into --seq_len {seq_len} tokens; pass a "
+                        f"larger one")
     if dropped:
         say(f"dropped: {dropped:,} of {len(conversations):,} conversations, longer than {seq_len} tokens")
     return kept, examples
@@ -157,8 +157,8 @@ def show_masks(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
     """Print conversations, what is learnt in green (between » and « where the output is no terminal)."""
     begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("»", "«")
     for ids, mask in examples:
-        for learnt, pairs in groupby(zip(ids, mask), key=lambda pair: bool(pair[1])):
-            piece = tokenizer.decode([int(id) for id, _ in pairs])
+        for learnt, pairs in groupby(zip(ids, mask), key=lambda pair: pair[1]):
+            piece = tokenizer.decode([id for id, _ in pairs])
             print(f"{begin}{piece}{end}" if learnt else piece, end="")
         print(f"\n{'-' * 80}")
 

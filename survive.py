@@ -357,7 +357,7 @@ def is_run(folder: Path) -> bool:
         content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and {"preset", "steps", "data", "out"} <= content.keys()
+    return isinstance(content, dict) and {"steps", "data", "out", "schedule"} <= content.keys()
 
 
 @contextlib.contextmanager

@@ -107,8 +107,8 @@ class Loop(Compute):
         require(self, **{name: (1, None) for name in sizes}, seq_len=(2, None), warmup_steps=(0, None),
                 decay_share=(0, 1), final_lr=(0, 1), weight_decay=(0, 10), betas=(0, 0.999999),
                 eps=(1e-15, 1), clip=(0, None), lr=(1e-12, 10), adam_lr=(0, 10), eval_every=(0, None),
-                spike=(0, None), max_rollbacks=(0, None), ramp_tokens=(0, None), batch_start=(1, self.batch_size),
-                seed=(0, 2 ** 63 - 1))
+                spike=(0, None), max_rollbacks=(0, None), ramp_tokens=(0, None),
+                batch_start=(1, self.batch_size), seed=(0, 2 ** 63 - 1))
         if self.batch_size % self.batch_start:
             raise UserError(f"batch_start {self.batch_start} does not divide batch_size {self.batch_size}; "
                             f"the batch grows in steps of it")

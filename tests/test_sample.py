@@ -615,7 +615,7 @@ def test_at_a_terminal_there_is_a_prompt_and_ctrl_c_and_ctrl_d_do_what_they_say(
     import pty
     save_parrot(Tokenizer([], CHATML.special), list(b"\nab"), tmp_path)  # abababab… without an end
     ours, theirs = pty.openpty()
-    command = [sys.executable, SCRIPT, "--chat", tmp_path, "--temperature", "0", "--window", "64",
+    command = [sys.executable, SCRIPT, "--chat", tmp_path, "--temperature", "0", "--window", "32",
                "--max_new_tokens", "1000000", "--precision", "fp32"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"})
@@ -718,7 +718,7 @@ def test_settings_that_do_not_go_with_a_conversation_are_refused(run, arguments,
     (["--window", "0"], "--window 0 is out of range"),
     (["--sinks", "-1"], "--sinks -1 is out of range"),
     (["--window", "61", "--prompt", "x" * 64], "the prompt has 64 tokens, but this model reads at most 64"),
-    (["--window", "16", "--speculate", "2", "--prompt", "a"], "be taken back from a window of 16 tokens"),
+    (["--window", "16", "--speculate", "2", "--prompt", "a"], "be taken back from a window of 20 tokens"),
     (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of range"),
     (["--num_samples", "0"], "--num_samples 0 is out of range"),
     (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),

@@ -1,4 +1,4 @@
-"""sft.py: conversations packed into windows, loss on replies alone, what is trained, and what has been learnt."""
+"""sft.py: conversations in windows, loss on replies alone, what is trained, and what has been learnt."""
 import json
 import math
 import os
@@ -58,7 +58,7 @@ def model_for(**changes):
 
 
 def settings_for(tmp_path, **changes):
-    return sft.Settings(**{"out": str(tmp_path / "run"), "seq_len": 64, "batch_size": 4, "steps": 6, "lr": 0.01,
+    return sft.Settings(**{"out": str(tmp_path / "run"), "seq_len": 64, "batch_size": 4, "steps": 6,
                            "compile": False, "precision": "fp32", "warmup_steps": 2, **changes})
 
 
@@ -108,8 +108,8 @@ def test_best_fit_is_within_two_per_cent_of_what_any_packing_needs():
 
 
 def test_a_packed_window_by_hand():
-    packed = Packed([([1, 2, 3], [False, True, True]), ([4, 5], [False, True]), ([6, 7, 8], [False, False, True])],
-                    batch_size=2, seq_len=4)
+    examples = [([1, 2, 3], [False, True, True]), ([4, 5], [False, True]), ([6, 7, 8], [False, False, True])]
+    packed = Packed(examples, batch_size=2, seq_len=4)
     inputs, targets, documents = packed.in_order(0)
     assert inputs.tolist() == [[1, 2, 6, 7], [4, 0, 0, 0]]
     assert targets.tolist() == [[2, 3, -100, 8], [5, -100, -100, -100]], "is the mask shifted by one?"
@@ -178,7 +178,8 @@ def test_two_processes_see_together_what_one_sees_and_each_window_comes_once_an_
             assert torch.equal(whole, torch.cat(parts))
     seen = Packed(examples, 1, 64, seed=3)
     rows = [tuple(map(tuple, torch.cat(seen.at(i)).tolist())) for i in range(2 * seen.windows)]
-    assert sorted(rows[:seen.windows]) == sorted(rows[seen.windows:]) and rows[:seen.windows] != rows[seen.windows:]
+    first, second = rows[:seen.windows], rows[seen.windows:]
+    assert sorted(first) == sorted(second) and first != second, "each epoch has an order of its own"
     assert not torch.equal(one.at(0)[0], Packed(examples, 4, 64, seed=4).at(0)[0])
 
 
@@ -206,20 +207,20 @@ def test_the_loss_is_that_of_transformers_with_the_same_labels(tmp_path):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A folder, with a space and Chinese characters, of shards/, base/ (a model), talks/, talks.jsonl, gsm.jsonl."""
+    """A folder of shards/, base/ (a model), talks/, talks.jsonl and gsm.jsonl, in a path that is no ASCII."""
     folder = tmp_path_factory.mktemp("有 空格")
     rng = random.Random(0)
     lines = [" ".join(rng.choices(["def", "the", "return", "self", "数据"], k=8)) for _ in range(400)]
+    (folder / "text").mkdir()
     for number in range(20):
-        (folder / "text").mkdir(exist_ok=True)
-        (folder / "text" / f"{number}.txt").write_text("\n".join(lines[20 * number:20 * number + 20]), "utf-8")
+        (folder / "text" / f"{number}.txt").write_text("\n".join(lines[number::20]), "utf-8")
     PLAIN.save(folder / "tokenizer.json")
     data.prepare(data.Settings(input=(str(folder / "text"),), out=str(folder / "shards"), val_fraction=0.2,
                                tokenizer=str(folder / "tokenizer.json"), workers=1))
     save_model(model_for(vocab_size=PLAIN.vocab_size, max_seq_len=64), PLAIN, folder / "base")
     (folder / "talks").mkdir()
     data.write_documents(folder / "talks" / "train.jsonl", some_talks(60))
-    data.write_documents(folder / "talks" / "val.jsonl", some_talks(8, seed=1))
+    data.write_documents(folder / "talks" / "val.jsonl", [*some_talks(8, seed=1), talk("a" * 200, "b")])
     data.write_documents(folder / "talks.jsonl", some_talks(60))
     data.write_documents(folder / "gsm.jsonl", [
         {"question": f"{a} and {b}?", "answer": f"{a} + {b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
@@ -250,7 +251,8 @@ def test_the_loss_of_plain_text_is_pretrainings(base):
     with torch.no_grad():
         ours = reply_loss(model, text.in_order(0))
         theirs = train.next_token_loss(model, text.in_order(0)[:2])
-    assert ours[1] == theirs[1] and ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-6), "float32 sums"
+    assert ours[1] == theirs[1]
+    assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-6), "float32 sums"
 
 
 # ---- what is learnt, and by which weights ------------------------------------------------------------------
@@ -262,7 +264,7 @@ def test_conversations_longer_than_the_window_are_dropped_and_counted(capsys):
     kept, examples = examples_of(talks, TOKENIZER, CHATML, length - 1)  # its last token is a target alone
     assert kept == [talks[0], talks[2]] and [len(ids) for ids, _ in examples] == [length] * 2
     assert "dropped: 1 of 3 conversations" in capsys.readouterr().out
-    with pytest.raises(UserError, match=rf"none of the 3 conversations fits into --seq_len {length - 2} tokens"):
+    with pytest.raises(UserError, match=rf"none of the 3 conversations fits into --seq_len {length - 2} "):
         examples_of(talks, TOKENIZER, CHATML, length - 2)
 
 
@@ -369,9 +371,10 @@ def test_scores_by_hand():
     code = 'def half(x):\n    """Half of x."""'
     write = {**talk("?", "    return x / 2"), "task": "write", "code": code}
     tell = {**talk("?", "Half of x."), "task": "describe", "code": "def half(x):\n    return x / 2"}
-    assert score([write, write, write, tell, tell], [
-        ("    return x", True), ("    return (", True), (" ", True), ("half of X", True), ("Half it", False)]) == \
-        {"f1": pytest.approx((1 + 2 / 5) / 2), "exact_match": 0.5, "compiles": pytest.approx(1 / 3), "stops": 0.8}
+    replies = ["    return x", "    return (", " ", "half of X", "Half it"]
+    scores = score([write, write, write, tell, tell], list(zip(replies, (True, True, True, True, False))))
+    assert scores == {"f1": pytest.approx((1 + 2 / 5) / 2), "exact_match": 0.5,
+                      "compiles": pytest.approx(1 / 3), "stops": 0.8}
     assert score([talk("?", "4")], [("4", True)]) == {"f1": 1, "exact_match": 1, "stops": 1}, "anybody's data"
     assert score([], []) == {}
 
@@ -398,8 +401,10 @@ def test_the_best_few_shot_prompt_is_found_and_told(monkeypatch):
         return [("it halves\nand more" if right else "no", False)] * len(prompts)
 
     monkeypatch.setattr(sft, "answers", knows)
-    asked = [{**talk("question", "It halves."), "code": "def f"}, {**talk("?", "x"), "task": "write", "code": "g"}]
-    said = sft.best_few_shot(model, replace(model.config, max_seq_len=64), TOKENIZER, asked, [talk("k", "shown")] * 99)
+    asked = [{**talk("question", "It halves."), "code": "def f"},
+             {**talk("?", "x"), "task": "write", "code": "g"}]
+    was, known = replace(model.config, max_seq_len=64), [talk("k", "shown")] * 99
+    said = sft.best_few_shot(model, was, TOKENIZER, asked, known)
     assert "1.0000" in said and "Description" in said and "1 answered before it" in said
     assert all(len(prompts) == 1 for prompts in seen), "bodies of functions are not asked for"
     assert len(seen) == 2 * 4 * 3, "as the model was, and as it is; four forms; three numbers of shots"
@@ -452,37 +457,42 @@ def test_epochs_become_steps():
 
 
 def arguments(base, out, **changes):
-    given = {"data": base / "talks", "init_from": base / "base", "replay": base / "shards", "out": out, "steps": 3,
-             "seq_len": 96, "batch_size": 4, "questions": 4, "precision": "fp32", "device": "cpu", **changes}
+    given = {"data": base / "talks", "init_from": base / "base", "replay": base / "shards", "out": out,
+             "steps": 3, "seq_len": 96, "batch_size": 4, "questions": 4, "precision": "fp32", "device": "cpu",
+             **changes}
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def in_process(monkeypatch, capsys, words):
-    """(exit code, output, error output) of sft.py."""
-    monkeypatch.setattr(sys, "argv", ["sft.py", *words])
-    code = 0
-    try:
-        config.run(sft.main)
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """sft.py with these words, in this process: (exit code, output, error output)."""
+    def call(words):
+        monkeypatch.setattr(sys, "argv", ["sft.py", *words])
+        code = 0
+        try:
+            config.run(sft.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return call
 
 
-def test_a_tiny_model_learns_a_conversation_by_heart_answers_it_and_stops(base, tmp_path, monkeypatch, capsys):
+def test_a_tiny_model_learns_a_conversation_by_heart_answers_it_and_stops(base, tmp_path, command):
     learnt = talk("capital of France?", "Paris it is", "and of Spain?", "Madrid")
     (tmp_path / "one").mkdir()
     for split in data.SPLITS:
         data.write_documents(tmp_path / "one" / f"{split}.jsonl", [learnt])
-    code, out, err = in_process(monkeypatch, capsys, arguments(
-        base, tmp_path / "run", data=tmp_path / "one", steps=60, lr=0.02, adam_lr=0.01, replay="none", seq_len=128,
-        batch_size=1))
+    code, out, err = command(arguments(
+        base, tmp_path / "run", data=tmp_path / "one", steps=60, lr=0.02, adam_lr=0.01, replay="none",
+        seq_len=128, batch_size=1))
     assert code == 0, err
     table = {line[:40].strip(): line[40:].split() for line in out.splitlines() if len(line.split()) > 3}
     assert table["replies that end by themselves"] == ["0.0000", "1.0000"]
     assert table["replies, exact matches of words"] == ["0.0000", "1.0000"]
     model, tokenizer = load_model(tmp_path / "run")
-    assert sft.reply_to([learnt, talk(*(m["content"] for m in learnt["messages"][:2]))], model, tokenizer, CHATML) \
-        == [("Madrid", True), ("Paris it is", True)], "every reply of a conversation is learnt"
+    asked = [learnt, {"messages": learnt["messages"][:2]}]
+    assert sft.reply_to(asked, model, tokenizer, CHATML) == [("Madrid", True), ("Paris it is", True)], \
+        "every reply of a conversation is learnt"
 
 
 @pytest.fixture(scope="session")
@@ -499,8 +509,8 @@ def finished(base, tmp_path_factory):
 def test_the_output_tells_what_was_chosen_and_both_sides_of_the_training(finished):
     out = finished[0]
     for words in ("conversations in the form of messages", "new tokens: <|im_start|> <|im_end|>", "% padding",
-                  "reads 96 tokens instead of 64, by the rule ntk", "trained: all", "<|im_end|>«", "few-shot",
-                  "plain text, bits per byte", ">>> before:", ">>> author:"):
+                  "reads 96 tokens instead of 64, by the rule ntk", "trained: all", "<|im_end|>«",
+                  "few-shot", "dropped: 1 of 9", "plain text, bits per byte", ">>> before:", ">>> author:"):
         assert words in out, words
     assert out.strip().endswith(f"model: {finished[1]}")
 
@@ -523,16 +533,15 @@ def test_the_folder_is_a_chat_model_for_transformers(finished):
     assert json.loads((finished[1] / "generation_config.json").read_text("utf-8"))["eos_token_id"] == END
 
 
-def test_a_model_that_has_the_template_is_trained_further_without_new_tokens(finished, base, tmp_path, monkeypatch, capsys):
-    code, out, err = in_process(monkeypatch, capsys, arguments(base, tmp_path / "more", init_from=finished[1],
-                                                               questions=0))
+def test_a_model_that_has_the_template_goes_without_new_tokens(finished, base, tmp_path, command):
+    code, out, err = command(arguments(base, tmp_path / "more", init_from=finished[1], questions=0))
     assert code == 0, err
     assert "new tokens" not in out and "instead of" not in out
     assert load_model(tmp_path / "more")[0].config == load_model(finished[1])[0].config
 
 
-def test_a_file_in_gsm8ks_form_trains_and_a_share_of_it_is_held_out(base, tmp_path, monkeypatch, capsys):
-    code, out, err = in_process(monkeypatch, capsys, arguments(
+def test_a_file_in_gsm8ks_form_trains_and_a_share_of_it_is_held_out(base, tmp_path, command):
+    code, out, err = command(arguments(
         base, tmp_path / "run", data=base / "gsm.jsonl", val_share=0.25, replay="none", questions=0, steps=20,
         lr=0.02, adam_lr=0.01))
     assert code == 0, err
@@ -543,15 +552,57 @@ def test_a_file_in_gsm8ks_form_trains_and_a_share_of_it_is_held_out(base, tmp_pa
     assert after < 0.7 * before
 
 
-def test_the_default_conversations_are_held_out_where_the_base_models_text_is(base, monkeypatch, tmp_path):
+def test_the_default_conversations_are_held_out_where_the_base_models_text_is(base, tmp_path, command,
+                                                                              monkeypatch):
     asked = []
-    monkeypatch.setattr(stdlib_chat, "write_conversations", lambda *args, **options: asked.append((args, options)))
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--make_data", "--data", str(tmp_path), "--replay", str(base / "shards")])
-    sft.main()
-    assert asked == [((str(tmp_path), False), {"val_fraction": 0.2})]
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--make_data", "--data", str(tmp_path), "--replay", str(tmp_path / "no")])
-    sft.main()
-    assert asked[1][1] == {"val_fraction": data.Settings.val_fraction}
+    monkeypatch.setattr(stdlib_chat, "write_conversations",
+                        lambda *args, **options: asked.append((args, options)))
+    for replay, share in ((base / "shards", 0.2), (tmp_path / "none", data.Settings.val_fraction)):
+        assert command(["--make_data", "--data", "x", "--replay", str(replay)])[0] == 0
+        assert asked.pop() == (("x", False), {"val_fraction": share})
+
+
+def test_by_default_conversations_are_made_once_and_missing_plain_text_is_told(base, tmp_path, command,
+                                                                               monkeypatch):
+    made = []
+
+    def write(folder, overwrite, val_fraction):
+        made.append(folder)
+        shutil.copytree(base / "talks", folder)
+
+    monkeypatch.setattr(stdlib_chat, "write_conversations", write)
+    monkeypatch.chdir(tmp_path)
+    for out in ("one", "two"):
+        code, said, err = command(arguments(base, out, data=None, replay=None, questions=0, steps=1))
+        assert code == 0, err
+        assert "there is no runs/data" in said.replace("\\", "/") and "plain text, bits" not in said
+    assert made == ["runs/chat"]
+
+
+def test_the_options_reach_the_training(base, tmp_path, command):
+    common = dict(questions=0, replay="none", steps=2, show_mask=1, loss_on_prompts="true")
+    logs = []
+    for name, changes in (("plain", {}), ("noise", dict(neftune=5, train_layers="norms"))):
+        code, out, err = command(arguments(base, tmp_path / name, **common, **changes))
+        assert code == 0, err
+        assert "»<|im_start|>user" in out, "what the user says is learnt, too"
+        logs.append(json.loads((tmp_path / name / "log.jsonl").read_text("utf-8").splitlines()[0]))
+    assert "trained: norms" in out
+    assert logs[0]["loss_nats_per_token"] != logs[1]["loss_nats_per_token"], "there was no noise"
+    folders = base / "base", tmp_path / "noise"
+    begun, ended = (load_model(folder)[0].model.embed_tokens.weight for folder in folders)
+    assert torch.equal(ended[:len(begun)], begun)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen", "qwen3"])
+def test_the_other_templates_train_too_and_their_end_ends_generation(base, tmp_path, command, name):
+    wanted = dict(template=name, seq_len=200, steps=1, questions=2)
+    code, out, err = command(arguments(base, tmp_path / "run", **wanted))
+    assert code == 0, err
+    written = json.loads((tmp_path / "run" / "generation_config.json").read_text("utf-8"))
+    _, tokenizer = load_model(tmp_path / "run")
+    assert written["eos_token_id"] == tokenizer.special_tokens[chat.TEMPLATES[name].end]
+    assert tokenizer.chat_template == chat.jinja(chat.TEMPLATES[name])
 
 
 def test_bits_per_byte_of_replies_are_of_their_text_alone():
@@ -562,15 +613,14 @@ def test_bits_per_byte_of_replies_are_of_their_text_alone():
 @pytest.mark.parametrize("changes, goes_on", [(dict(questions=0, eval_every=2), True), (dict(steps=5), False),
                                               (dict(seq_len=95), False), (dict(data="talks.jsonl"), False),
                                               (dict(replay="none"), False), (dict(replay_share=0.5), False)])
-def test_a_run_goes_on_only_with_what_it_learns_from(finished, base, tmp_path, monkeypatch, capsys, changes, goes_on):
+def test_a_run_goes_on_only_with_what_it_began_with(finished, base, tmp_path, command, changes, goes_on):
     shutil.copytree(finished[1], tmp_path / "run")
     changes = {name: base / value if name == "data" else value for name, value in changes.items()}
-    code, out, err = in_process(monkeypatch, capsys, arguments(base, tmp_path / "run", **changes))
-    if "is not a run folder" in err:
-        pytest.xfail("survive.is_run asks for a setting `preset`, which this stage has not")
+    code, out, err = command(arguments(base, tmp_path / "run", **changes))
     assert (code == 0) == goes_on, err[-2000:]
     if goes_on:
-        assert (tmp_path / "run/model.safetensors").read_bytes() == (finished[1] / "model.safetensors").read_bytes()
+        same, model = (folder / "model.safetensors" for folder in (tmp_path / "run", finished[1]))
+        assert same.read_bytes() == model.read_bytes()
     else:
         assert "--overwrite" in err and err.strip().splitlines()[-1].startswith("error: ")
 
@@ -591,7 +641,7 @@ def run_sft(words, processes=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"}])
+@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"}, {"tensor_parallel": 2}])
 def test_two_processes_learn_what_one_does(base, tmp_path, layout):
     common = dict(steps=6, questions=2)
     one = run_sft(arguments(base, tmp_path / "one", **common))
@@ -610,23 +660,23 @@ GOOD = json.dumps(talk("a", "b"))
 
 
 @pytest.mark.parametrize("line, words", [
-    (json.dumps({"messages": [{"role": "user", "content": "a"}]}), "file.jsonl:2: no message is of the assistant"),
+    (json.dumps({"messages": [{"role": "user", "content": "a"}]}), "file.jsonl:2: no message is of the ass"),
     (json.dumps(talk("a", " ")), "file.jsonl:2: message 2, a reply, is empty"),
-    (json.dumps({"messages": [{"role": "robot", "content": "a"}]}), "has the role 'robot', not one of system, user"),
+    (json.dumps({"messages": [{"role": "robot", "content": "a"}]}), "has the role 'robot', not one of"),
     (json.dumps({"messages": talk("a", "b")["messages"][::-1]}), "is of the assistant, not of the user"),
     (json.dumps({"messages": [{"role": "user", "content": 7}]}), "the content of message 1 is of type int"),
     ("{", "file.jsonl:2: not JSON"),
 ])
-def test_a_line_that_is_no_conversation_is_named_or_skipped(base, tmp_path, monkeypatch, capsys, line, words):
+def test_a_line_that_is_no_conversation_is_named_or_skipped(base, tmp_path, command, line, words):
     path = tmp_path / "file.jsonl"
     path.write_text("\n".join([GOOD, line, *[GOOD] * 20]), "utf-8")
     wrong = arguments(base, tmp_path / "run", data=path, questions=0, steps=1)
-    code, _, err = in_process(monkeypatch, capsys, wrong)
+    code, _, err = command(wrong)
     assert code == 2 and words in err and "--on_bad_line skip" in err
     assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert not (tmp_path / "run").exists()
     if line == "{":  # once is enough: chat.py has tests of its own
-        code, out, err = in_process(monkeypatch, capsys, [*wrong, "--on_bad_line", "skip"])
+        code, out, err = command([*wrong, "--on_bad_line", "skip"])
         assert code == 0 and "bad lines or files skipped: 1" in out, err
 
 
@@ -647,8 +697,7 @@ def test_a_line_that_is_no_conversation_is_named_or_skipped(base, tmp_path, monk
     (dict(epochs=0), "--epochs 0.0 is out of range"),
     (dict(batch_size=4, micro_batch_size=3), "does not divide"),
 ])
-def test_mistakes_end_in_one_line_and_code_2_before_anything_is_written(base, tmp_path, monkeypatch, capsys, changes,
-                                                                        words):
+def test_mistakes_end_in_one_line_and_code_2_before_a_run_is_begun(base, tmp_path, command, changes, words):
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n', "utf-8")
     (tmp_path / "single.jsonl").write_text(GOOD, "utf-8")
     save_model(model_for(), None, tmp_path / "bare")
@@ -656,7 +705,7 @@ def test_mistakes_end_in_one_line_and_code_2_before_anything_is_written(base, tm
     save_model(model_for(vocab_size=other.vocab_size, max_seq_len=64), other, tmp_path / "foreign")
     changes = {name: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
                for name, value in changes.items()}
-    code, _, err = in_process(monkeypatch, capsys, arguments(base, tmp_path / "run", **changes))
+    code, _, err = command(arguments(base, tmp_path / "run", **changes))
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and words in last, err[-2000:]
     assert not (tmp_path / "run").exists()

@@ -114,7 +114,8 @@ class Mask:
         if reach > config.max_seq_len:
             raise UserError(f"{reach} tokens exceed max_seq_len {config.max_seq_len} of this model; shorten "
                             f"the text, or extend the model (train.py --rope_scaling)")
-        if reach == S:
+        # sinks stand behind a query; a prefix also looks ahead
+        if reach == S and (self.prefix is None or window is None or S <= window):
             window, sinks = None, 0
         return self if window == self.window else replace(self, window=window, sinks=sinks)
 

@@ -361,8 +361,11 @@ class Tokenizer:
     uint16 for up to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens, a token or id
     that stands twice, an empty special token, a bad pattern.
     """
-    eos_token = None  # the special token at which generation ends; None: the one that ends a document
-    chat_template = None  # Jinja, for transformers. Both stand in a model's folder, not in tokenizer.json
+    # What a model's folder says beside tokenizer.json, and is written into the next one:
+    bos_token = None  # the special token that stands before every text (Llama's); `encode` adds none
+    eos_token = None  # the one at which generation ends; None: the one that ends a document
+    stop_ids = ()  # all at which it does
+    chat_template = None  # Jinja, for transformers
 
     def __init__(self, merges, special_tokens=(), pattern=PATTERN, vocab=None, nfc=False, ignore_merges=False,
                  shown=()):
@@ -485,8 +488,13 @@ class Tokenizer:
             return self
         added = {text: id for id, text in enumerate(missing, self.vocab_size)}
         grown = Tokenizer(self.merges, self.special_tokens | added, *self._settings())
-        grown.eos_token, grown.chat_template = self.eos_token, self.chat_template
-        return grown
+        return grown.beside(self)
+
+    def beside(self, other: "Tokenizer") -> "Tokenizer":
+        """This tokenizer, with what other's folder says."""
+        for name in ("bos_token", "eos_token", "stop_ids", "chat_template"):
+            setattr(self, name, getattr(other, name))
+        return self
 
     def ordinary_vocab(self) -> dict[int, bytes]:
         """The vocabulary without the special tokens."""
@@ -656,11 +664,22 @@ def to_hugging_face(tokenizer) -> dict:
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
-        "post_processor": None, "decoder": byte_level,
+        "post_processor": begin_with(tokenizer.bos_token, special_tokens), "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                   "ignore_merges": tokenizer.ignore_merges, "vocab": vocab, "merges": merges},
     }
+
+
+def begin_with(token: str | None, special_tokens: dict[str, int]) -> dict | None:
+    """What makes Hugging Face tokenizers put a special token before every text, and before each of a pair."""
+    if token is None:
+        return None
+    first, a, b = {"SpecialToken": {"id": token, "type_id": 0}}, *(
+        {"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {"type": "TemplateProcessing", "single": [first, a],
+            "pair": [first, a, {"SpecialToken": {"id": token, "type_id": 1}}, b],
+            "special_tokens": {token: {"id": token, "ids": [special_tokens[token]], "tokens": [token]}}}
 
 
 def from_hugging_face(content) -> dict:

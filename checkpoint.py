@@ -224,25 +224,30 @@ def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, e
 def write_settings(model: Transformer, tokenizer: Tokenizer | None, folder: Path,
                    eos_token: str | None = None, chat_template: str | None = None):
     """Write all of a model folder but the weights; config.json last."""
-    config, special = model.config, {} if tokenizer is None else tokenizer.special_tokens
+    ids, texts = {"bos_token_id": None, "eos_token_id": None}, {}
     if tokenizer is not None:
-        chat_template = chat_template or tokenizer.chat_template
+        special, chat_template = tokenizer.special_tokens, chat_template or tokenizer.chat_template
         eos_token = eos_token or tokenizer.eos_token or next(filter(special.get, END_OF_TEXT), None)
-    eos_id = special.get(eos_token)
-    if tokenizer is not None:
+        texts = {"bos_token": tokenizer.bos_token, "eos_token": eos_token if eos_token in special else None}
+        texts = {name: token for name, token in texts.items() if token is not None}
+        ids |= {f"{name}_id": special[token] for name, token in texts.items()}
         tokenizer.save(folder / "tokenizer.json")
         write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
-            "clean_up_tokenization_spaces": False, **({} if eos_id is None else {"eos_token": eos_token}),
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_seq_len,
+            "clean_up_tokenization_spaces": False, **texts,
+            **({"add_bos_token": True} if "bos_token" in texts else {}),
             **({} if chat_template is None else {"chat_template": chat_template})})  # for transformers 4
     if chat_template is not None:
         with open_whole(folder / "chat_template.jinja", "w") as file:  # for transformers 5
             file.write(chat_template)
-    write_json(folder / "generation_config.json", {} if eos_id is None else {"eos_token_id": eos_id})
+    known = {name: id for name, id in ids.items() if id is not None}
+    stops = list(dict.fromkeys([*([known["eos_token_id"]] if "eos_token_id" in known else []),
+                                *(tokenizer.stop_ids if tokenizer is not None else ())]))
+    several = {"eos_token_id": stops} if len(stops) > 1 else {}
+    write_json(folder / "generation_config.json", known | several)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json",
-               {**families.to_hugging_face(config), "torch_dtype": dtype, "bos_token_id": None,
-                "eos_token_id": eos_id})
+               {**families.to_hugging_face(model.config), "torch_dtype": dtype, **ids})
 
 
 def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer | None]:
@@ -261,11 +266,16 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, 
                         f"its config.json implies")
     model, head = empty_model(config), stored.get("lm_head.weight")
     check_names(folder, {name: entry.shape for name, (_, entry) in stored.items()}, model)
+    for name, (_, entry) in stored.items():
+        if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+            raise UserError(f"{folder}: {name} is of type {DTYPE_NAMES[entry.dtype]}; weights are F64, F32, "
+                            f"F16 or BF16")
     tensors = {name: mapped_tensor(*place).to(device, dtype, copy=True)  # a copy: the file may be replaced
                for name, place in stored.items() if place is not head or not config.tie_embeddings}
     if config.tie_embeddings:
         embedding = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-        if head and not torch.equal(mapped_tensor(*head).to(device, dtype), embedding):
+        own = mapped_tensor(*head).to(device, dtype) if head else embedding
+        if not torch.equal(own.nan_to_num(), embedding.nan_to_num()):
             raise UserError(f"{folder}: config.json ties head and embedding, but those stored differ")
     model.load_state_dict(tensors, assign=True)
     if config.tie_embeddings:
@@ -344,7 +354,8 @@ def check_names(folder: Path, shapes: dict[str, tuple], model: Transformer):
 
 
 def some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = [name if name.isprintable() and len(name) < 100 else f"{name!r:.100}" for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
@@ -358,17 +369,57 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows "
                         f"{config.vocab_size}: they do not belong together")
+    settings = read_json(folder / "tokenizer_config.json", {})
+    eos_token = named_token(settings.get("eos_token"))
+    tokenizer.eos_token = eos_token if eos_token in tokenizer.special_tokens else None
+    tokenizer.bos_token = first_token(folder, settings, tokenizer)
+    tokenizer.stop_ids = read_stop_ids(folder, config.vocab_size)
     tokenizer.chat_template = read_chat_template(folder)
-    tokenizer.eos_token = read_eos_token(folder, tokenizer)
     return tokenizer
 
 
-def read_eos_token(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """The special token at which generation ends, as tokenizer_config.json has it, or None."""
-    path = folder / "tokenizer_config.json"
-    token = read_json(path).get("eos_token") if path.is_file() else None
-    token = token.get("content") if isinstance(token, dict) else token  # transformers 4 wrote its flags, too
-    return token if isinstance(token, str) and token in tokenizer.special_tokens else None
+def named_token(token) -> str | None:
+    """A token's text in tokenizer_config.json, where transformers 4 put it into an object with flags."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def first_token(folder: Path, settings: dict, tokenizer: Tokenizer) -> str | None:
+    """The special token that this folder's tokenizer puts before every text (Llama's BOS), or None.
+
+    tokenizer_config.json says so with add_bos_token; where it has no word, the template in tokenizer.json.
+    """
+    if type(settings.get("add_bos_token")) is bool:
+        token = named_token(settings.get("bos_token")) if settings["add_bos_token"] else None
+    else:
+        token = template_start(read_json(folder / "tokenizer.json").get("post_processor"))
+    if token is not None and token not in tokenizer.special_tokens:
+        raise UserError(f"{folder} puts {token!r:.60} before every text, but its tokenizer has no such "
+                        f"special token; correct tokenizer_config.json")
+    return token
+
+
+def template_start(processor) -> str | None:
+    """The token that a post-processor of Hugging Face tokenizers puts first, or None."""
+    match processor:
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, *_]}:
+            return token
+        case {"type": "Sequence", "processors": [*steps]}:
+            return next(filter(None, map(template_start, steps)), None)
+    return None
+
+
+def read_stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text, as generation_config.json or config.json has them: none, one or several."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        found = read_json(path, {}).get("eos_token_id")
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
+                raise UserError(f"{path}: eos_token_id {found!r:.60} is not of this model's ids, "
+                                f"0 to {vocab_size - 1}")
+            return tuple(ids)
+    return ()
 
 
 def model_config(path: Path) -> ModelConfig:
@@ -387,10 +438,14 @@ def read_chat_template(folder) -> str | None:
     several with names, of which this is the one called default.
     """
     folder = Path(folder)
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 at byte {error.start}") from None
     path = folder / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.is_file() else None
+    template = read_json(path, {}).get("chat_template")
     if isinstance(template, list):
         template = next((one.get("template") for one in template
                          if isinstance(one, dict) and one.get("name") == "default"), None)
@@ -404,11 +459,13 @@ def write_json(path, content):
         json.dump(content, file, indent=2, ensure_ascii=False)
 
 
-def read_json(path: Path, **options) -> dict:
-    """The JSON object in a file; UserError where there is none. options: of json.loads."""
+def read_json(path: Path, default: dict | None = None, **options) -> dict:
+    """The JSON object in a file; without a file the default, or else UserError. options: of json.loads."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), **options)
     except FileNotFoundError:
+        if default is not None:
+            return default
         raise UserError(f"{path.parent} has no {path.name}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None

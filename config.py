@@ -341,7 +341,8 @@ def run(main):
     print_any_character()
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
         return
     except UserError as error:
         message, code = f"error: {error}", 2

@@ -135,8 +135,11 @@ def prepare(settings: Settings) -> tuple[Transformer, Env, Tensor, int]:
     base, tokenizer = load_model(settings.model)
     trained = base.config.max_seq_len
     length = extended(base.config, "linear", settings.factor).max_seq_len
-    bucket = settings.bucket or trained // (2 - trained % 2)
-    if trained % bucket or length % bucket or length == trained:
+    bucket = settings.bucket or (trained if trained % 2 else trained // 2)
+    if length == trained:
+        raise UserError(f"--factor {settings.factor:g} reads no further than the {trained} tokens that "
+                        f"{settings.model} was trained at; pass a larger one")
+    if trained % bucket or length % bucket:
         raise UserError(f"columns of {bucket} tokens do not divide the {trained} that {settings.model} was "
                         f"trained at and the {length} it shall read; choose another --bucket or --factor")
     meta, _ = open_shard(Path(settings.data), "train", verify=False)

@@ -129,10 +129,12 @@ def rope_in(content: dict) -> dict:
         if not isinstance(content.get(key) or {}, dict):
             raise UserError(f"{key} {content[key]!r:.60} is not an object")
     scaling = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise UserError("rope_parameters that differ by kind of layer are not supported")
     theta = scaling.pop("rope_theta", content.get("rope_theta", 10000.0))
     length = content["max_position_embeddings"]
-    if type(theta) not in (int, float) or not 0 < theta < math.inf:
-        raise UserError(f"rope_theta {theta!r:.60} is not a positive number")
+    if type(theta) not in (int, float) or not 1e-3 <= theta <= 1e15:
+        raise UserError(f"rope_theta {theta!r:.60} is not a number of 0.001 to 1e15")
     old = scaling.pop("type", "default")  # its name before transformers 4.43
     scaling = {"rope_type": old, **scaling}
     if scaling.pop("partial_rotary_factor", 1.0) not in (None, 1.0):

@@ -50,8 +50,8 @@ def next_token_logps(logits: Tensor, temperature: float = 1.0, top_k: int | None
     """
     logits = logits.float()
     if not logits.amax(dim=-1).isfinite().all():  # where a row holds a NaN, so does its maximum
-        raise UserError("the model's logits are not finite numbers; its weights are damaged, or their "
-                        "precision has too small a range: try fp32")
+        raise UserError("the model's logits are not finite numbers; its weights are damaged, or, where it is "
+                        "not fp32, their precision has too small a range")
     if seen is not None and repetition_penalty != 1:  # Keskar et al. 2019, section 4.1, but for negative ones
         penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
         logits = torch.where(seen, penalized, logits)
@@ -297,7 +297,8 @@ class Packed:
 
     Only plain float32 and bfloat16 nn.Linear on a CPU are replaced, and of at most 4 GiB together; others,
     and all where this torch has no oneDNN, keep their own forward. The copies are of the weights as they are
-    now, and have no gradient. The operators are those that torch.compile uses; they are not public, so where
+    now: train, load or deepcopy a model outside. The operators are those that torch.compile uses; they are
+    not public, so where
     they are missing or refuse, all is as without.
     """
     LIMIT = 2 ** 32  # bytes
@@ -348,7 +349,7 @@ def packed_forwards(layers: list[nn.Linear]) -> list[tuple[nn.Linear, Callable[[
 
     def forward(number: int, x: Tensor) -> Tensor:
         nonlocal last
-        if x.dtype != dtype:  # under autocast
+        if x.dtype != dtype or torch.is_grad_enabled():  # autocast's; the copies have no gradient
             return F.linear(x, layers[number].weight, layers[number].bias)
         if last[0] is not x or number not in last[1]:  # each output is handed out once: x may change in place
             last = x, dict(enumerate(product(x, packed, bias, "none", [], "").split(sizes, dim=-1)))
@@ -373,9 +374,9 @@ def check_sampling(temperature: float, top_k: int | None = None, top_p: float | 
         raise UserError(f"top_p {top_p} is out of range; it must be above 0 and at most 1")
     if min_p is not None and not 0 <= min_p <= 1:
         raise UserError(f"min_p {min_p} is out of range; it must be 0 (all tokens) to 1 (the likeliest)")
-    if not 0 < repetition_penalty < math.inf:
-        raise UserError(f"repetition_penalty {repetition_penalty} is out of range; it must be above 0, and "
-                        f"1 is none")
+    if not 1e-3 <= repetition_penalty <= 1e3:
+        raise UserError(f"repetition_penalty {repetition_penalty} is out of range; it must be 0.001 to 1000, "
+                        f"and 1 is none")
 
 
 def check_prompts(config: "ModelConfig", ids: Tensor | Sequence[Sequence[int]]) -> list[Tensor]:
@@ -386,11 +387,12 @@ def check_prompts(config: "ModelConfig", ids: Tensor | Sequence[Sequence[int]]) 
     for row, prompt in enumerate(prompts):
         if prompt.dim() != 1 or prompt.is_floating_point() or prompt.is_complex():
             raise UserError(f"prompt {row} is no list of ids; pass ids of shape (B, T), or B lists")
+        prompts[row] = prompt = prompt.long()  # shards and encode_batch have unsigned ids
         least, most = int(prompt.min()), int(prompt.max())
         if least < 0 or most >= config.vocab_size:
             raise UserError(f"prompt {row} holds id {least if least < 0 else most}, but this model's ids are "
                             f"0 to {config.vocab_size - 1}; encode it with the model's own tokenizer")
-    return [prompt.long() for prompt in prompts]
+    return prompts
 
 
 def check_length(config: "ModelConfig", longest: int, max_new_tokens: int):

@@ -124,9 +124,7 @@ class MetaspaceTokenizer(Tokenizer):
             return self
         added = [{"id": id, "content": text, **flags} for id, text in enumerate(missing, self.vocab_size)]
         added = [*self._content["added_tokens"], *added]
-        grown = MetaspaceTokenizer({**self._content, "added_tokens": added})
-        grown.eos_token, grown.chat_template = self.eos_token, self.chat_template
-        return grown
+        return MetaspaceTokenizer({**self._content, "added_tokens": added}).beside(self)
 
     def __reduce__(self):
         return MetaspaceTokenizer, (self._content,)

@@ -59,8 +59,8 @@ class ModelConfig:
                      "head_dim", "sliding_window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range; it must be at least 1")
-        if not 0 < self.rope_theta < math.inf:
-            raise UserError(f"rope_theta {self.rope_theta} is out of range; it must be above 0")
+        if not 1e-3 <= self.rope_theta <= 1e15:
+            raise UserError(f"rope_theta {self.rope_theta} is out of range; it must be 0.001 to 1e15")
         if self.attention_sinks < 0 or self.attention_sinks and self.sliding_window is None:
             raise UserError(f"attention_sinks {self.attention_sinks} is out of range; it must be at least 0, "
                             f"and 0 without a sliding_window")
@@ -332,7 +332,7 @@ class Settings:
 
     def __post_init__(self):
         require(self, preset=set(PRESETS), vocab_size=(1, None), batch_size=(1, None), seq_len=(1, None),
-                devices=(1, None), shard_size=(1, self.devices), tensor_parallel=(1, self.devices))
+                devices=(1, 2 ** 20), shard_size=(1, self.devices), tensor_parallel=(1, self.devices))
         self.seq_len = self.seq_len or PRESETS[self.preset].get("max_seq_len", ModelConfig.max_seq_len)
 
 

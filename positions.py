@@ -182,6 +182,7 @@ KEYS = {  # of each rule, beside rope_type, factor and original_max_position_emb
     "linear": (), "dynamic": (), "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
 }
+MOST = 1e9
 LEAST = {"factor": 1, "original_max_position_embeddings": 1, "mscale": 0, "mscale_all_dim": 0}
 
 
@@ -225,9 +226,9 @@ def check_value(kind: str, key: str, value):
         right, bound = isinstance(value, bool), "true or false"
     else:
         right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        right = right and LEAST.get(key, 0) <= value < math.inf and (value > 0 or key in LEAST)
-        bound = (f"a{' whole' if whole else ' finite'} number "
-                 + (f"of at least {LEAST[key]}" if key in LEAST else "above 0"))
+        least = LEAST.get(key, 1e-6)  # and with MOST no angle overflows
+        right = right and least <= value <= MOST
+        bound = f"a {'whole ' * whole}number of {least:g} to {MOST:g}"
     if not right:
         raise UserError(f"rope_scaling of {kind} has {key} {value!r:.40}; it must be {bound}")
 

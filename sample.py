@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ import torch
 
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, check_tokens, render
-from checkpoint import load_model, read_json
+from checkpoint import load_model
 from config import UserError, parse, require, run
 from data import write_documents
 from generation import Packed, check_speculation
@@ -82,53 +82,10 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if chosen == "bf16" else torch.float32
 
 
-def stop_ids(folder: str, vocab_size: int) -> set[int]:
-    """The ids that end a text, as generation_config.json or config.json has them: none, one or several."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        found = read_json(path).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
-                raise UserError(f"{path}: eos_token_id {found!r:.60} is not of this model's ids, "
-                                f"0 to {vocab_size - 1}")
-            return set(ids)
-    return set()
-
-
-def first_token(folder: str, tokenizer: Tokenizer) -> str | None:
-    """The special token that this folder's tokenizer puts before every text (Llama's BOS), or None.
-
-    tokenizer_config.json says so with add_bos_token; where it has no word, the template in tokenizer.json.
-    """
-    path = Path(folder) / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
-    if type(settings.get("add_bos_token")) is bool:
-        token = settings.get("bos_token") if settings["add_bos_token"] else None
-        token = token.get("content") if isinstance(token, dict) else token
-    else:
-        token = template_start(read_json(Path(folder) / "tokenizer.json").get("post_processor"))
-    if token is not None and token not in tokenizer.special_tokens:
-        raise UserError(f"{folder} puts {token!r:.60} before every text, but its tokenizer has no such "
-                        f"special token; correct tokenizer_config.json")
-    return token
-
-
-def template_start(processor) -> str | None:
-    """The token that a post-processor of Hugging Face tokenizers puts first, or None."""
-    if not isinstance(processor, dict):
-        return None
-    for step in processor.get("processors", [processor]):  # a sequence of them, or one
-        if step.get("type") == "TemplateProcessing":
-            first = step.get("single", [{}])[0]
-            return first.get("SpecialToken", {}).get("id")
-    return None
-
-
 def read_prompt(text: str, tokenizer: Tokenizer, settings: Settings, stops: set[int],
                 room: float) -> list[int]:
     """The ids to continue: those of the text, behind the folder's first token where it has one."""
-    prompt, first = tokenizer.encode(text), first_token(settings.model, tokenizer)
+    prompt, first = tokenizer.encode(text), tokenizer.bos_token
     if first is not None:
         print(f"{first} stands before the prompt, as {settings.model} has it", file=sys.stderr)
         prompt = [tokenizer.special_tokens[first], *prompt]
@@ -422,8 +379,9 @@ def main():
         raise UserError(f"{folder} has no tokenizer.json, so its tokens cannot be read; "
                         f"copy it into the folder")
     if settings.window is not None:
-        model.config.sliding_window, model.config.attention_sinks = settings.window, settings.sinks
-    stops = stop_ids(folder, model.config.vocab_size)
+        model.config = model.model.config = replace(model.config, sliding_window=settings.window,
+                                                    attention_sinks=settings.sinks)
+    stops = set(tokenizer.stop_ids)
     generator = torch.Generator(device).manual_seed(settings.seed)
     if settings.chat is None:
         write_samples(model, tokenizer, stops, settings, generator)

@@ -533,3 +533,13 @@ def test_a_rolling_cache_generates_20_000_tokens_in_constant_memory():
     assert [(layer.k.data_ptr(), layer.k.nbytes) for layer in cache.layers] == size and cache.length == 20_000
     whole = model(torch.cat(text, dim=1))[:, -1]
     assert_close(logits, whole, rtol=0, atol=1e-3)  # angles at 20,000 are rounded at 20,000 x 6e-8
+
+
+@torch.no_grad()
+def test_a_prefix_looks_ahead_no_further_than_the_window_also_where_sinks_would_reach():
+    model, mask = random_model(n_layers=1), Mask(prefix=torch.tensor([5]), window=3, sinks=2)
+    ids = random_ids(1, 5)
+    changed = ids.clone()
+    changed[0, 4] = (ids[0, 4] + 1) % 50
+    assert not mask.sees(torch.tensor(0), torch.tensor(0), torch.tensor(4))
+    assert torch.equal(model(ids, mask=mask)[0, 0], model(changed, mask=mask)[0, 0])

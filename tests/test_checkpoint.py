@@ -514,6 +514,56 @@ def test_a_chat_template_is_found_where_older_folders_keep_it(tmp_path, content,
     assert read_chat_template(tmp_path) == template
 
 
+def test_a_chat_template_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(UserError, match="chat_template.jinja is not UTF-8 at byte 0"):
+        read_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["template", "flag"])
+def test_what_a_folder_says_of_first_and_last_tokens_outlives_loading_and_saving(tmp_path, tokenizer, how):
+    """Llama 3's: a first token before every text, an end of replies, and another stop beside it."""
+    from transformers import AutoTokenizer
+    special = tokenizer.with_special_tokens(["<|bos|>", "<|eot|>"])
+    special.bos_token, special.eos_token = "<|bos|>", "<|eot|>"
+    model, first, second = random_model(vocab_size=special.vocab_size), tmp_path / "a", tmp_path / "b"
+    save_model(model, special, first)
+    stops = [special.special_tokens[text] for text in ("<|eot|>", "<|endoftext|>")]
+    (first / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    if how == "template":  # transformers 5 says it in tokenizer.json alone
+        settings = json.loads((first / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings.pop("add_bos_token")
+        (first / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    loaded, read = load_model(first)
+    assert (read.bos_token, read.eos_token, list(read.stop_ids)) == ("<|bos|>", "<|eot|>", stops)
+    save_model(loaded, read, second)
+    again = load_model(second)[1]
+    assert (again.bos_token, again.eos_token, list(again.stop_ids)) == ("<|bos|>", "<|eot|>", stops)
+    theirs = AutoTokenizer.from_pretrained(second)
+    assert theirs("hello").input_ids == [special.special_tokens["<|bos|>"], *special.encode("hello")]
+    assert theirs.eos_token == "<|eot|>" and special.encode("hello") == read.encode("hello")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_of_16_bits_or_more_are_refused(tmp_path, dtype):
+    model = random_model()
+    save_model(model, None, tmp_path)
+    tensors = {name: x.to(dtype) if "up_proj" in name else x for name, x in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="up_proj.weight is of type .*; weights are F64, F32, F16 or BF16"):
+        load_model(tmp_path)
+
+
+def test_a_name_from_a_file_is_shown_in_one_line_and_without_escape_codes(tmp_path):
+    model = random_model()
+    save_model(model, None, tmp_path)
+    tensors = {**model.state_dict(), "x\n\x1b[31m": torch.ones(1)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path)
+    assert str(error.value).isprintable() and r"x\n\x1b[31m" in str(error.value)
+
+
 def test_a_chat_template_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
     with pytest.raises(UserError, match="chat_template 3 is not a text"):

@@ -340,7 +340,7 @@ def test_with_checkpoints_the_total_bounds_what_a_step_holds(config, B, T, kind,
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("V", [500, 4096, 40000])
 def test_what_the_chunked_loss_holds(V, precision):
-    """In one chunk, in two of 2^21, in chunks of 2 C rows; within 3 %, as a chunk's sums and maxima are left out."""
+    """In one chunk, in two of 2^21, in chunks of 2 C rows; within 3 %: a chunk's sums are left out."""
     config, B, T = replace(TINY, vocab_size=V, max_seq_len=256), 8, 128
     estimate = estimate_memory(config, B, T, precision=precision)
     copies = estimate["weights"] - 4 * count_parameters(config)

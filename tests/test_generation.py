@@ -4,6 +4,7 @@ that change nothing; packed weights that change nothing; what is refused.
 import gc
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -422,7 +423,7 @@ def test_a_model_whose_logits_are_not_finite_is_refused(settings):
     ([[1]], dict(top_p=math.nan), "top_p nan is out of range"),
     ([[1]], dict(min_p=-0.1), "min_p -0.1 is out of range; it must be 0"),
     ([[1]], dict(min_p=1.5), "min_p 1.5 is out of range"),
-    ([[1]], dict(repetition_penalty=0.0), "repetition_penalty 0.0 is out of range; it must be above 0"),
+    ([[1]], dict(repetition_penalty=0.0), "repetition_penalty 0.0 is out of range; it must be 0.001 to 1000"),
     ([[1]], dict(repetition_penalty=math.nan), "repetition_penalty nan is out of range"),
     ([[1], [2, 50]], {}, "prompt 1 holds id 50, but this model's ids are 0 to 49"),
     ([[-1, 50]], {}, "prompt 0 holds id -1, but this model's ids are 0 to 49"),
@@ -449,3 +450,31 @@ def test_guesses_that_could_not_be_taken_back_are_refused_before_the_first_token
         with pytest.raises(UserError, match=message):
             next(generate_stream(model, [[1] * 4], 10, speculate=2))
         assert generate(model, [[1] * 4], 6, temperature=0, speculate=2).ids.shape == (1, 6)
+
+
+def test_ids_as_encode_batch_and_shards_have_them_are_prompts_too():
+    model = random_model()
+    expected = generate(model, [[1, 2], [3]], 3, temperature=0).ids
+    for dtype in (np.uint16, np.uint32):
+        prompts = [np.array([1, 2], dtype), np.array([3], dtype)]
+        assert torch.equal(generate(model, prompts, 3, temperature=0).ids, expected)
+
+
+def test_inside_packed_layers_keep_their_gradients():
+    model, ids = random_model(), random_ids(2, 8)
+    model(ids).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with Packed(model):
+        model(ids).sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected))
+
+
+@torch.no_grad()
+def test_a_packed_layer_sees_what_was_done_to_its_input_in_place():
+    attention = random_model().model.layers[0].self_attn
+    x = randn(1, 2, 32)
+    with Packed(attention):
+        attention.k_proj(x)
+        x += 1
+        assert_close(attention.k_proj(x), torch.nn.functional.linear(x, attention.k_proj.weight))

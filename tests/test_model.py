@@ -298,7 +298,7 @@ def test_what_is_not_given_follows_from_the_rest():
     (dict(max_seq_len=0), "max_seq_len 0 is out of range"),
     (dict(head_dim=0), "head_dim 0 is out of range"),
     (dict(ffn_dim=0), "ffn_dim 0 is out of range"),
-    (dict(rope_theta=0.0), "rope_theta 0.0 is out of range; it must be above 0"),
+    (dict(rope_theta=0.0), "rope_theta 0.0 is out of range; it must be 0.001 to 1e15"),
 ])
 def test_a_model_that_cannot_be_is_refused_with_a_reason(settings, message):
     with pytest.raises(UserError, match=message) as error:

@@ -281,18 +281,18 @@ def test_extended_says_what_transformers_would_be_told():
     ({"rope_type": "linear"}, "linear lacks factor"), ({**LINEAR, "factor": None}, "linear lacks factor"),
     ({"rope_type": "llama3", "factor": 8.0}, "llama3 lacks low_freq_factor, high_freq_factor"),
     ({**LINEAR, "beta_fast": 32, "x": 1}, "linear has beta_fast, x, which it does not know; it knows factor"),
-    ({**LINEAR, "factor": 0.5}, "linear has factor 0.5; it must be a finite number of at least 1"),
+    ({**LINEAR, "factor": 0.5}, "linear has factor 0.5; it must be a number of 1 to 1e.09"),
     ({**LINEAR, "factor": math.nan}, "factor nan"), ({**LINEAR, "factor": math.inf}, "factor inf"),
     ({**LINEAR, "factor": "4"}, "factor '4'"), ({**LINEAR, "factor": True}, "factor True"),
-    ({**LINEAR, "original_max_position_embeddings": 64.0}, "must be a whole number of at least 1"),
-    ({**LINEAR, "original_max_position_embeddings": 0}, "must be a whole number of at least 1"),
+    ({**LINEAR, "original_max_position_embeddings": 64.0}, "must be a whole number of 1 to 1e.09"),
+    ({**LINEAR, "original_max_position_embeddings": 0}, "must be a whole number of 1 to 1e.09"),
     ({**LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor 4.0, which must be below high_freq_factor, 4.0"),
-    ({**LLAMA3, "low_freq_factor": 0}, "low_freq_factor 0; it must be a finite number above 0"),
+    ({**LLAMA3, "low_freq_factor": 0}, "low_freq_factor 0; it must be a number of 1e-06 to 1e.09"),
     ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}, "beta_slow 1, which must be below beta_fast, 1"),
     ({"rope_type": "yarn", "factor": 4.0, "beta_slow": 33.5}, "beta_slow 33.5, which must be below"),
     ({"rope_type": "yarn", "factor": 4.0, "truncate": 1}, "truncate 1; it must be true or false"),
     ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 0}, "attention_factor 0; it must be"),
-    ({"rope_type": "yarn", "factor": 4.0, "mscale": -1}, "mscale -1; it must be a finite number of at least")
+    ({"rope_type": "yarn", "factor": 4.0, "mscale": -1}, "mscale -1; it must be a number of 0 to")
 ])
 def test_bad_scalings_are_told_in_one_line(scaling, message):
     with pytest.raises(UserError, match="rope_scaling .*" + message) as error:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,14 @@ def test_a_first_token_that_the_tokenizer_does_not_know_is_refused(run, parrot, 
     assert (code, out, err.count("\n")) == (2, "", 1) and "puts '<s>' before every text, but its" in err
 
 
+def test_a_window_with_sinks_is_refused_where_the_angles_follow_the_length(run, parrot, tmp_path):
+    content = json.loads((parrot / "config.json").read_text(encoding="utf-8"))
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = copy_with(parrot, tmp_path / "copy", config={**content, "rope_parameters": rope, "rope_scaling": rope})
+    code, out, err = run("--model", model, "--prompt", "a", "--window", 8)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "dynamic" in err
+
+
 def test_with_a_window_a_text_outgrows_the_context(run, parrot):
     arguments = ("--model", parrot, "--temperature", 0, "--window", 16, "--max_new_tokens", 300)
     code, out, err = run(*arguments, "--prompt", "a " * 50 + "é")  # 102 tokens; the context has 64
@@ -391,14 +400,17 @@ def test_a_model_replies_line_for_line_to_what_a_pipe_says_and_to_nothing_else(s
     process = start("--chat", speaker, "--temperature", 0, PYTHONUTF8="0", PYTHONIOENCODING="ascii")
     process.stdin.write("Grüß dich, 天\r\n".encode())
     process.stdin.flush()
+    watchdog = threading.Timer(60, process.kill)  # or readline would wait for ever
+    watchdog.start()
     assert process.stdout.readline().strip() == "é😀".encode(), "a reply must not wait for the pipe's end"
     out, err = process.communicate("\n  \n/reset\nand now?".encode(), timeout=60)
+    watchdog.cancel()
     assert (process.returncode, out.decode().splitlines()) == (0, ["é😀"])
     assert err.decode("ascii").splitlines()[1:] == ["(what was said is forgotten)"]
 
 
 def test_a_reply_is_asked_for_after_all_that_was_said(converse):
-    converse("one", " two  ", "", "three", replies=["1", "2\n\n", "3"])
+    converse("one", " two  ", "", " \t", "three", replies=["1", "2\n\n", "3"])
     assert (converse.code, converse.out, converse.said) == (0, "1\n2\n\n\n3\n", [])
     assert converse.asked == [chatml("one"), chatml("one", "1", " two  "),
                               chatml("one", "1", " two  ", "2\n\n", "three")]
@@ -520,6 +532,13 @@ def test_what_is_saved_is_read_back_as_a_conversation_and_no_file_is_overwritten
                                  f"(saved: {other})"]
 
 
+def test_a_name_to_save_at_may_begin_with_the_home_folder(monkeypatch, converse, tmp_path):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    converse("one", "/save ~/talk.jsonl")
+    assert (tmp_path / "talk.jsonl").is_file()
+
+
 def test_what_cannot_be_saved_is_told_in_one_line_and_the_conversation_goes_on(converse, tmp_path):
     nowhere = tmp_path / "missing" / "file"
     converse(f"/save {nowhere}", "one", f"/save {nowhere}", "/save a\0b", "/save", f"/save {tmp_path}", "two")
@@ -554,6 +573,11 @@ def test_what_the_model_no_longer_sees_is_saved_and_forgotten_with_the_rest(conv
     assert [message["content"] for message in next(read_conversations(path))["messages"]] == \
         ["a" * 40, "ok", "b" * 40, "ok"]
     assert converse.asked[1:] == [chatml("b" * 40), chatml("c" * 20), chatml("c" * 20, "ok", "dd")]
+
+
+def test_what_was_left_out_does_not_come_back_when_there_is_room_again(converse):
+    converse("/system " + "s" * 30, "q" * 10, "r" * 10, "/system", "x")  # 40 + 33 + 29 tokens; 33 + 33 + 20
+    assert converse.asked[2] == chatml("r" * 10, "ok", "x")
 
 
 def test_a_message_that_is_too_long_is_refused_and_one_that_just_fits_is_not(converse):

@@ -530,7 +530,8 @@ def test_the_folder_is_a_chat_model_for_transformers(finished):
     messages = talk("1?", "2")["messages"]
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert list(ids) == render(messages, TOKENIZER)[0] and tokenizer.eos_token == "<|im_end|>"
-    assert json.loads((finished[1] / "generation_config.json").read_text("utf-8"))["eos_token_id"] == END
+    written = json.loads((finished[1] / "generation_config.json").read_text("utf-8"))["eos_token_id"]
+    assert written == [END, TOKENIZER.special_tokens["<|endoftext|>"]], "what ended a document still ends a text"
 
 
 def test_a_model_that_has_the_template_goes_without_new_tokens(finished, base, tmp_path, command):
@@ -601,7 +602,7 @@ def test_the_other_templates_train_too_and_their_end_ends_generation(base, tmp_p
     assert code == 0, err
     written = json.loads((tmp_path / "run" / "generation_config.json").read_text("utf-8"))
     _, tokenizer = load_model(tmp_path / "run")
-    assert written["eos_token_id"] == tokenizer.special_tokens[chat.TEMPLATES[name].end]
+    assert written["eos_token_id"][0] == tokenizer.special_tokens[chat.TEMPLATES[name].end]
     assert tokenizer.chat_template == chat.jinja(chat.TEMPLATES[name])
 
 

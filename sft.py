@@ -314,9 +314,9 @@ class Settings(Loop):
     on_bad_line: Literal["stop", "skip"] = "stop"  # a line that is no conversation: stop, or skip and count
     val_share: float = 0.05  # of a single file of conversations, held out
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
-    rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = "ntk"  # the rule by which a
+    rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = "yarn"  # the rule by which a
         # model reads further than its max_seq_len, where seq_len is longer; none: it shall not
-    epochs: float = 3.0  # how often each conversation is seen
+    epochs: float = 1.0  # how often each conversation is seen
     steps: int | None = None  # updates; none: as many as the epochs take
     seq_len: int = 512  # tokens a window; a longer conversation is dropped, and counted
     batch_size: int = 8  # windows a step

@@ -271,7 +271,8 @@ def test_a_first_token_that_the_tokenizer_does_not_know_is_refused(run, parrot, 
 def test_a_window_with_sinks_is_refused_where_the_angles_follow_the_length(run, parrot, tmp_path):
     content = json.loads((parrot / "config.json").read_text(encoding="utf-8"))
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = copy_with(parrot, tmp_path / "copy", config={**content, "rope_parameters": rope, "rope_scaling": rope})
+    content |= {"rope_parameters": rope, "rope_scaling": rope}
+    model = copy_with(parrot, tmp_path / "copy", config=content)
     code, out, err = run("--model", model, "--prompt", "a", "--window", 8)
     assert (code, out, err.count("\n")) == (2, "", 1) and "dynamic" in err
 

@@ -336,7 +336,9 @@ def test_a_model_reads_further_by_a_rule_and_for_a_while_as_it_did():
     model, settings = model_for(), sft.Settings(seq_len=512)
     was = model.config
     model.config = model.model.config = sft.reading_further(was, settings, CPU)
-    assert model.config.max_seq_len == 512 and model.config.rope_theta > was.rope_theta
+    assert model.config.max_seq_len == 512 and model.config.rope_scaling["rope_type"] == "yarn"
+    by_ntk = sft.reading_further(was, sft.Settings(seq_len=512, rope_scaling="ntk"), CPU)
+    assert by_ntk.max_seq_len == 512 and by_ntk.rope_theta > was.rope_theta
     with sft.configured(model, was):
         assert model.config is was and model.model.config is was
     assert model.config.max_seq_len == model.model.config.max_seq_len == 512
@@ -509,7 +511,7 @@ def finished(base, tmp_path_factory):
 def test_the_output_tells_what_was_chosen_and_both_sides_of_the_training(finished):
     out = finished[0]
     for words in ("conversations in the form of messages", "new tokens: <|im_start|> <|im_end|>", "% padding",
-                  "reads 96 tokens instead of 64, by the rule ntk", "trained: all", "<|im_end|>«",
+                  "reads 96 tokens instead of 64, by the rule yarn", "trained: all", "<|im_end|>«",
                   "few-shot", "dropped: 1 of 9", "plain text, bits per byte", ">>> before:", ">>> author:"):
         assert words in out, words
     assert out.strip().endswith(f"model: {finished[1]}")
@@ -531,7 +533,7 @@ def test_the_folder_is_a_chat_model_for_transformers(finished):
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert list(ids) == render(messages, TOKENIZER)[0] and tokenizer.eos_token == "<|im_end|>"
     written = json.loads((finished[1] / "generation_config.json").read_text("utf-8"))["eos_token_id"]
-    assert written == [END, TOKENIZER.special_tokens["<|endoftext|>"]], "what ended a document still ends a text"
+    assert written == [END, TOKENIZER.special_tokens["<|endoftext|>"]], "what ends a document ends a text"
 
 
 def test_a_model_that_has_the_template_goes_without_new_tokens(finished, base, tmp_path, command):

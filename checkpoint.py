@@ -224,30 +224,29 @@ def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, e
 def write_settings(model: Transformer, tokenizer: Tokenizer | None, folder: Path,
                    eos_token: str | None = None, chat_template: str | None = None):
     """Write all of a model folder but the weights; config.json last."""
-    ids, texts = {"bos_token_id": None, "eos_token_id": None}, {}
+    ids, stops = {}, []
     if tokenizer is not None:
         special, chat_template = tokenizer.special_tokens, chat_template or tokenizer.chat_template
         eos_token = eos_token or tokenizer.eos_token or next(filter(special.get, END_OF_TEXT), None)
-        texts = {"bos_token": tokenizer.bos_token, "eos_token": eos_token if eos_token in special else None}
-        texts = {name: token for name, token in texts.items() if token is not None}
-        ids |= {f"{name}_id": special[token] for name, token in texts.items()}
+        tokens = {"bos_token": tokenizer.bos_token, "eos_token": eos_token}
+        tokens = {name: token for name, token in tokens.items() if token in special}
+        ids = {f"{name}_id": special[token] for name, token in tokens.items()}
+        end = [ids["eos_token_id"]] if "eos_token_id" in ids else []
+        stops = list(dict.fromkeys([*end, *tokenizer.stop_ids]))  # the first one first, each once
         tokenizer.save(folder / "tokenizer.json")
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_seq_len,
-            "clean_up_tokenization_spaces": False, **texts,
-            **({"add_bos_token": True} if "bos_token" in texts else {}),
+            "clean_up_tokenization_spaces": False, **tokens,
+            **({"add_bos_token": True} if "bos_token" in tokens else {}),
             **({} if chat_template is None else {"chat_template": chat_template})})  # for transformers 4
     if chat_template is not None:
         with open_whole(folder / "chat_template.jinja", "w") as file:  # for transformers 5
             file.write(chat_template)
-    known = {name: id for name, id in ids.items() if id is not None}
-    stops = list(dict.fromkeys([*([known["eos_token_id"]] if "eos_token_id" in known else []),
-                                *(tokenizer.stop_ids if tokenizer is not None else ())]))
-    several = {"eos_token_id": stops} if len(stops) > 1 else {}
-    write_json(folder / "generation_config.json", known | several)
+    write_json(folder / "generation_config.json",
+               ids | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}))
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json",
-               {**families.to_hugging_face(model.config), "torch_dtype": dtype, **ids})
+    write_json(folder / "config.json", {**families.to_hugging_face(model.config), "torch_dtype": dtype,
+                                        "bos_token_id": None, "eos_token_id": None, **ids})
 
 
 def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer | None]:

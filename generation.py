@@ -395,12 +395,18 @@ def check_prompts(config: "ModelConfig", ids: Tensor | Sequence[Sequence[int]]) 
     return prompts
 
 
+def room_of(config: "ModelConfig") -> float:
+    """How many tokens a text may have; with a window that the model knows, any number."""
+    if config.sliding_window is None or config.sliding_window + config.attention_sinks > config.max_seq_len:
+        return config.max_seq_len
+    return math.inf
+
+
 def check_length(config: "ModelConfig", longest: int, max_new_tokens: int):
-    """Raise UserError where the model cannot read so far. What a window leaves behind counts no more."""
+    """Raise UserError where the model cannot read so far."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} is out of range; it must be at least 1")
-    window = math.inf if config.sliding_window is None else config.sliding_window + config.attention_sinks
-    if min(longest + max_new_tokens, window) > config.max_seq_len:
+    if longest + max_new_tokens > room_of(config):
         raise UserError(f"{longest} prompt tokens and {max_new_tokens} new ones exceed max_seq_len "
                         f"{config.max_seq_len} of this model; shorten the prompt or ask for fewer")
 

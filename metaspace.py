@@ -18,8 +18,8 @@ import numpy as np
 import regex
 
 import config
-from bpe import (LONG, PieceCache, Tokenizer, Unsupported, checked_text, compile_special, merge_ids,
-                 merge_long, number_added_tokens, reading, split, split_stream)
+from bpe import (LONG, PieceCache, Tokenizer, Unsupported, checked_text, compile_special,
+                 from_hugging_face, merge_ids, merge_long, number_added_tokens, reading, split, split_stream)
 from config import UserError
 
 SPACE = "▁"
@@ -33,7 +33,7 @@ def load_tokenizer(path) -> Tokenizer:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["model"].get("byte_fallback"):
             return MetaspaceTokenizer(content)
-    return Tokenizer.load(path)
+        return Tokenizer(**from_hugging_face(content))
 
 
 class MetaspaceTokenizer(Tokenizer):

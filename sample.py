@@ -12,7 +12,6 @@ tokenizer.decode(ids). Text goes to stdout, what the program chose to stderr.
 """
 import contextlib
 import itertools
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from chat import TEMPLATES, Template, check_tokens, render
 from checkpoint import load_model
 from config import UserError, parse, require, run
 from data import write_documents
-from generation import Packed, check_speculation
-from model import ModelConfig, Transformer, check_sampling, generate_stream
+from generation import Packed, check_speculation, room_of
+from model import Transformer, check_sampling, generate_stream
 from parallel import choose_device, choose_precision
 
 
@@ -98,13 +97,6 @@ def read_prompt(text: str, tokenizer: Tokenizer, settings: Settings, stops: set[
         raise UserError(f"the prompt has {len(prompt)} tokens, but this model reads at most {room} with the "
                         f"new ones; shorten it, or pass --window")
     return prompt
-
-
-def room_of(config: ModelConfig) -> float:
-    """How many tokens a text may have; with a window that the model knows, any number."""
-    if config.sliding_window is None or config.sliding_window + config.attention_sinks > config.max_seq_len:
-        return config.max_seq_len
-    return math.inf
 
 
 def new_length(model: Transformer, prompt: list[int], settings: Settings) -> int:

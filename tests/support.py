@@ -1,8 +1,10 @@
 """What several of the tests need: models in which every weight matters, and numbers from a seed."""
+import sys
 from dataclasses import replace
 
 import torch
 
+import config
 from model import ModelConfig, Transformer
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -40,3 +42,14 @@ def two_documents():
     document = torch.tensor([0] * 4 + [1] * 6)
     mask = torch.ones(10, 10, dtype=torch.bool).tril() & (document == document[:, None])
     return random_ids(1, 10), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), mask[None]
+
+
+def in_process(monkeypatch, capsys, main, *arguments):
+    """(exit code, output, errors) of a command, without the seconds that a new process costs."""
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, arguments)])
+    code = 0
+    try:
+        config.run(main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()

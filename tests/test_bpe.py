@@ -412,7 +412,8 @@ def test_the_fingerprint_changes_with_anything_that_changes_ids(tokenizer):
 @pytest.fixture(scope="module")
 def peers(tokenizer, tmp_path_factory):
     """The same tokenizer in `tokenizers`, through the saved file, and in `tiktoken`, through its ranks."""
-    tokenizers, tiktoken = pytest.importorskip("tokenizers"), pytest.importorskip("tiktoken")
+    import tiktoken
+    import tokenizers
     path = tmp_path_factory.mktemp("saved") / "tokenizer.json"
     tokenizer.save(path)
     ranks = {token: id for id, token in tokenizer.ordinary_vocab().items()}
@@ -448,7 +449,7 @@ def test_special_ids_equal_those_of_tokenizers_and_tiktoken(tokenizer, peers):
 
 def trained_by_tokenizers(pattern, special_tokens):
     """A tokenizer that `tokenizers` trained: special tokens first, then the bytes in another order."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     theirs.pre_tokenizer = byte_level if pattern is None else tokenizers.pre_tokenizers.Sequence(
@@ -481,7 +482,7 @@ SPECIAL = ["<|begin_of_text|>", END, "<|im_start|>"]
 
 def family_file(family) -> dict:
     """A tokenizer.json as the family's are, small: its normalizer, pre-tokenizers, template and decoder."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
     byte_level, split = tokenizers.pre_tokenizers.ByteLevel, tokenizers.pre_tokenizers.Split
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     pattern = {"Llama 3": PATTERN, "Qwen": QWEN_PATTERN}.get(family)
@@ -519,7 +520,7 @@ def family_file(family) -> dict:
 @pytest.fixture(scope="module", params=["GPT-2", "Llama 3", "SmolLM2", "Qwen"])
 def family(request, tmp_path_factory):
     """(ours, theirs, ours saved and in `tokenizers` again) of one family's file."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
     folder, content = tmp_path_factory.mktemp("family"), family_file(request.param)
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     ours = Tokenizer.load(folder / "tokenizer.json")
@@ -600,7 +601,8 @@ def test_no_character_that_joins_the_one_before_it_is_taken_for_firm():
 @pytest.mark.parametrize("given_ids", [(270, 265, 5), (256, 257, 258)])
 def test_added_tokens_are_numbered_as_tokenizers_does_even_where_a_file_has_gaps(tmp_path, given_ids):
     ids = (256, 257, 258)
-    tokenizers, path = pytest.importorskip("tokenizers"), tmp_path / "t.json"
+    import tokenizers
+    path = tmp_path / "t.json"
     Tokenizer([], ["<a>", "<b>", "<c>"]).save(path)
     content = json.loads(path.read_text(encoding="utf-8"))
     for token, id in zip(content["added_tokens"], given_ids):
@@ -611,7 +613,7 @@ def test_added_tokens_are_numbered_as_tokenizers_does_even_where_a_file_has_gaps
 
 
 def test_special_tokens_with_gaps_between_their_ids_keep_them_in_tokenizers_too(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
     ours = Tokenizer([(b"a", b"b")], {"<x y>": 400, "<é>": 300})
     ours.save(tmp_path / "t.json")
     same(Tokenizer.load(tmp_path / "t.json"), ours)

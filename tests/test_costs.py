@@ -78,7 +78,7 @@ def test_a_preset_has_the_published_number_of_parameters(name):
 
 def peer_parameters(config):
     """How many transformers' model has."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     family = "Qwen3" if config.qk_norm else "Qwen2" if config.attention_bias else "Llama"
     if config.sliding_window:
         family = "Mistral"
@@ -101,7 +101,7 @@ def test_transformers_model_of_these_sizes_has_as_many(name):
 @pytest.mark.parametrize("name, family", [("llama-7b", "Llama"), ("mistral-7b", "Mistral")])
 def test_a_preset_is_what_transformers_takes_without_being_told(name, family):
     """The defaults of these two configs are the published models."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     theirs, ours = getattr(transformers, f"{family}Config")(), ModelConfig(**PRESETS[name])
     names = {"vocab_size": "vocab_size", "dim": "hidden_size", "ffn_dim": "intermediate_size",
              "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",

@@ -2,7 +2,6 @@
 import json
 import math
 import random
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ import train
 from bpe import Tokenizer
 from checkpoint import load_model, save_model
 from positions import extended
-from support import TINY, random_ids, random_model
+from support import TINY, in_process, random_ids, random_model
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +37,6 @@ def base(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     save_model(model, Tokenizer.load(shards / "tokenizer.json"), folder)
     return folder
-
-
-def in_process(monkeypatch, capsys, main, *arguments):
-    """(exit code, output, errors) of a command, without the seconds that a new process costs."""
-    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, arguments)])
-    code = 0
-    try:
-        config.run(main)
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 # ---- the measure -------------------------------------------------------------------------------------------

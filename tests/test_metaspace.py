@@ -3,6 +3,7 @@ import json
 import pickle
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +12,6 @@ from checkpoint import load_model, save_model
 from config import UserError
 from metaspace import PREPEND, REPLACE, SPACE, MetaspaceTokenizer, load_tokenizer
 from support import random_model
-
-tokenizers = pytest.importorskip("tokenizers")
 
 PROSE = "the low lower lowest of the lower words goes on, in the end  it  is 12 words; das größere Wort " * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
 import sample
 from bpe import Tokenizer
 from chat import CHATML, LLAMA3, QWEN3, TEMPLATES, jinja, read_conversations, render
 from checkpoint import save_model
 from model import ModelConfig, Transformer
+from support import in_process
 
 SCRIPT = Path(sample.__file__).resolve()
 TEXT = "the cat sat on the mat; 天地玄黄，宇宙洪荒。 " * 5
@@ -72,13 +72,7 @@ def run(monkeypatch, capsys):
     In fp32, of which nothing is said, unless the arguments say otherwise."""
     def run(*arguments):
         precision = [] if "--precision" in arguments else ["--precision", "fp32"]
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments), *precision])
-        code = 0
-        try:
-            config.run(sample.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return in_process(monkeypatch, capsys, sample.main, *arguments, *precision)
     return run
 
 

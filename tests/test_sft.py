@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import chat
-import config
 import data
 import sft
 import stdlib_chat
@@ -27,7 +26,7 @@ from config import UserError
 from model import generate
 from parallel import Env
 from sft import Packed, answers, best_fit, examples_of, f1, reply_loss, score
-from support import random_model, seeded
+from support import in_process, random_model, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
@@ -184,7 +183,7 @@ def test_two_processes_see_together_what_one_sees_and_each_window_comes_once_an_
 
 
 def test_the_loss_is_that_of_transformers_with_the_same_labels(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     for changes, kind in (({}, "LlamaForCausalLM"), (dict(qk_norm=True), "Qwen3ForCausalLM")):
         model, examples = model_for(**changes), examples_from(some_talks(5))
         save_model(model, TOKENIZER, tmp_path / kind)
@@ -469,13 +468,7 @@ def arguments(base, out, **changes):
 def command(monkeypatch, capsys):
     """sft.py with these words, in this process: (exit code, output, error output)."""
     def call(words):
-        monkeypatch.setattr(sys, "argv", ["sft.py", *words])
-        code = 0
-        try:
-            config.run(sft.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return in_process(monkeypatch, capsys, sft.main, *words)
     return call
 
 
@@ -527,7 +520,7 @@ def test_before_means_as_the_base_model_was(finished, base):
 
 
 def test_the_folder_is_a_chat_model_for_transformers(finished):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished[1])
     messages = talk("1?", "2")["messages"]
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import config
 import data
 import objectives
+import support
 import survive
 import train
 from config import UserError
@@ -87,13 +88,9 @@ def run_train(shards, out, *arguments, processes=1, check=True, **options):
 
 def in_process(monkeypatch, capsys, shards, out, *arguments):
     """Exit code and error output of train.py, without the seconds that a new process costs."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(shards), "--out", str(out), *arguments])
-    code = 0
-    try:
-        config.run(train.main)
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
+    words = "--data", shards, "--out", out, *arguments
+    code, _, errors = support.in_process(monkeypatch, capsys, train.main, *words)
+    return code, errors
 
 
 def log_of(out):
@@ -492,7 +489,7 @@ def test_two_processes_give_the_losses_of_one(shards, tmp_path):
 
 @pytest.mark.parametrize("layout", [["--data_parallel", "fsdp", "--no-reshard"], ["--tensor_parallel", "2"]])
 def test_a_model_that_lies_in_parts_ends_in_the_same_model_folder(finished, shards, tmp_path, layout):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     # weights are gathered to evaluate, and then to be saved
     evaluating = ["--eval_every", "4", "--save_every", "4"]
     done = run_train(shards, tmp_path / "run", *SMALL, *evaluating, *layout, processes=2)

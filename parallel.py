@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput, PrepareModuleOutput,
@@ -186,7 +186,7 @@ def setup(settings: Compute) -> Env:
     env = Env(device, precision, rank, world_size, compiles, compute=settings)
     if world_size > 1 or settings.data_parallel != "ddp":
         join(env, settings.timeout_minutes)
-        env.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
+        env.mesh = lay_out(sizes, env, settings.timeout_minutes)
     env.peak_flops = measure_peak(env)
     threads = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
     env.say(f"device: {device} x {world_size}{threads}; precision: {precision} ({why_precision}); "
@@ -211,6 +211,20 @@ def join(env: Env, timeout_minutes: float):
         dist.init_process_group(backend, store=meeting_place(), rank=env.rank, world_size=env.world_size,
                                 timeout=timedelta(minutes=timeout_minutes))
     env.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def lay_out(sizes: tuple[int, int, int], env: Env, timeout_minutes: float) -> DeviceMesh:
+    """The processes as a mesh of that size, with axes replicate, shard and tensor.
+
+    By torch's init_device_mesh, a process that hangs would keep the others of its line for half an hour: it
+    passes the time limit on to lines of all processes only.
+    """
+    mesh = torch.arange(env.world_size).view(sizes)
+    groups = [dist.new_subgroups_by_enumeration(mesh.movedim(axis, -1).flatten(0, 1).tolist(),
+                                                timeout=timedelta(minutes=timeout_minutes))[0]
+              for axis in range(mesh.dim())]
+    return DeviceMesh.from_group(groups, env.device.type, mesh,
+                                 mesh_dim_names=("replicate", "shard", "tensor"))
 
 
 def meeting_place() -> dist.Store | None:

@@ -112,6 +112,8 @@ def process(rank, world_size, port, tasks, queue):
         except BaseException:
             result = traceback.format_exc()
         queue.put((rank, name, result))
+    queue.close()
+    queue.join_thread()  # the last result is on its way by a thread: it shall have left before torch's own end
     dist.destroy_process_group()
 
 
@@ -129,7 +131,9 @@ def in_processes(world_size, tasks, timeout=400):
             rank, name, result = queue.get(timeout=timeout)
             results[name][rank] = result
     except queues.Empty:
-        pass  # a test that misses its figures will say so
+        codes = [one.exitcode for one in processes]  # None: it runs still; negative: ended by that signal
+        lost = f"no result after {timeout} s; exit codes of the processes: {codes}"
+        results = {name: [lost if one is None else one for one in found] for name, found in results.items()}
     for one in processes:
         one.join(timeout=20)
         one.kill()

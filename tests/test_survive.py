@@ -345,6 +345,26 @@ def task_hang():
         return str(lost_process(error, 0.05)), time.time() - began
 
 
+def task_hang_in_part():
+    """A process hangs, and the only one that waits for it is the other of its line of the mesh."""
+    env = train.setup(settings_for(timeout_minutes=0.05, data_parallel="hsdp", shard_size=2))
+    if env.rank != 1:
+        time.sleep(8)
+        return "slept"
+    began = time.time()
+    try:
+        torch.distributed.all_reduce(torch.zeros(1), group=env.mesh["shard"].get_group())
+    except RuntimeError as error:
+        return str(lost_process(error, 0.05)), time.time() - began
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_those_that_share_its_part_of_the_mesh():
+    result = in_processes(4, [("task", task_hang_in_part, ())], timeout=60)["task"]
+    assert isinstance(result[1], tuple) and "it hangs" in result[1][0], result
+    assert result[1][1] < 8, "the limit was three seconds"
+
+
 def task_leave():
     import os
     env = train.setup(settings_for())

@@ -36,23 +36,27 @@ from model import Transformer, generate
 from parallel import choose_device
 
 
-def next_token_loss(model: Transformer, batch: tuple[Tensor, ...],
-                    chunked: bool = True) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: Transformer, batch: tuple[Tensor, ...], chunked: bool = True,
+                    sparse: bool = False) -> tuple[Tensor, Tensor]:
     """The sum of -log p(target | all before it) in nats over the targets that are not -100, and their number.
 
     batch: inputs (B, T) and targets (B, T), the inputs shifted by one; and, where who sees whom is not simply
     causal, a Mask.
     chunked: never hold the logits of all tokens; the plain form is for comparison.
+    sparse: many targets are -100; the head passes over them, for which a GPU must be waited for once.
     """
     inputs, targets, mask = (*batch, None)[:3]
-    hidden = model.model(inputs, mask=mask).flatten(0, 1)  # (B, T, C) -> (B T, C)
+    hidden, targets = model.model(inputs, mask=mask).flatten(0, 1), targets.flatten()  # (B, T, C) -> (B T, C)
+    valid = targets != IGNORE
+    if sparse:
+        hidden, targets = hidden[valid], targets[valid]
     if chunked:
         assert type(model.lm_head) is nn.Linear, "this loss reads the head's weight, not what wraps it"
-        loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, targets.flatten())
+        loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, targets)
     else:
         logits = model.lm_head(hidden).float()  # (B T, V)
-        loss_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss_sum, (targets != IGNORE).sum()
+        loss_sum = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return loss_sum, valid.sum()
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

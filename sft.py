@@ -124,7 +124,7 @@ def reply_loss(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> tupl
     batch: inputs, targets, documents, (B, T) each. Positions start anew in each document (Mask sees to it).
     """
     inputs, targets, documents = batch
-    return next_token_loss(model, (inputs, targets, Mask(documents=documents)))
+    return next_token_loss(model, (inputs, targets, Mask(documents=documents)), sparse=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

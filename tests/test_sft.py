@@ -4,8 +4,10 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -625,10 +627,15 @@ def test_render_is_sfts():
     assert sft.render is render
 
 
-def run_sft(words, processes=1):
+def program(words, processes=1):
+    """(command, environment) of sft.py with these words."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "sft.py"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def run_sft(words, processes=1):
+    command, environment = program(words, processes)
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment,
                           timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -648,6 +655,28 @@ def test_two_processes_learn_what_one_does(base, tmp_path, layout):
             assert a[name] == pytest.approx(b[name], rel=1e-4), "float32 sums in another order"
     for name in ("val_loss_nats_per_token", "plain_val_bits_per_byte"):
         assert one[-1][name] == pytest.approx(two[-1][name], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
+def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(base, tmp_path):
+    common = dict(steps=12, save_every=2, questions=2, data_parallel="fsdp")
+    run_sft(arguments(base, tmp_path / "whole", **common), processes=2)
+    words = arguments(base, tmp_path / "killed", **common)
+    command, environment = program(words, processes=2)
+    with open(tmp_path / "output", "wb") as output:
+        first = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        while not list((tmp_path / "killed").glob("state/step_*4")) and first.poll() is None:
+            time.sleep(0.01)
+        assert first.poll() is None, (tmp_path / "output").read_text("utf-8", errors="replace")[-3000:]
+        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text(encoding="ascii").split()
+        for pid in (first.pid, *map(int, workers)):  # torchrun before those that it would tidy up
+            os.kill(pid, signal.SIGKILL)
+        first.wait()
+    log = run_sft(words, processes=2)
+    assert [line["step"] for line in log] == list(range(1, 13))
+    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed, "what was learnt before the kill, or the windows after it, were others"
 
 
 # ---- when something is wrong -------------------------------------------------------------------------------

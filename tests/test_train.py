@@ -129,9 +129,24 @@ def test_the_loss_that_holds_no_logits_equals_the_plain_one_and_so_do_its_gradie
         torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-12)  # float64
 
 
-def test_a_micro_batch_without_any_target_adds_exactly_nothing():
+@pytest.mark.parametrize("chunked", [True, False])
+def test_passing_over_tokens_without_loss_changes_neither_the_loss_nor_a_gradient(chunked):
+    inputs, targets = random_batch(3)
+    targets[0, :9] = targets[2] = -100
+    results = []
+    for sparse in (False, True):
+        model = small_model()
+        loss_sum, count = train.next_token_loss(model, (inputs, targets), chunked, sparse)
+        loss_sum.backward()
+        results.append((loss_sum, count, *(p.grad for p in model.parameters())))
+    for dense, passed_over in zip(*results, strict=True):
+        torch.testing.assert_close(dense, passed_over, rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_micro_batch_without_any_target_adds_exactly_nothing(sparse):
     model, (inputs, targets) = small_model(), random_batch(2)
-    loss_sum, count = train.next_token_loss(model, (inputs, torch.full_like(targets, -100)))
+    loss_sum, count = train.next_token_loss(model, (inputs, torch.full_like(targets, -100)), sparse=sparse)
     loss_sum.backward()
     assert loss_sum.item() == 0.0 and count == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())

@@ -30,13 +30,14 @@ DESCRIBE = ("What does this function do?\n\n{code}", "Describe this function in 
 WRITE = ("Write the body of this function.\n\n{code}", "Complete this function.\n\n{code}",
          "Implement this function:\n\n{code}", "Write the code that this docstring describes.\n\n{code}",
          "Here is how a function begins. How does it go on?\n\n{code}")
+MAX_CHARS = 300  # of question and answer together: longer bodies the main job's model begins, and never ends
 MAX_REPEATS = 5  # of an answer: dozens of functions are described by no more than "Internal function."
 
 
 # ---- 1. Pairs of question and answer -----------------------------------------------------------------------
 
 
-def stdlib_conversations(max_chars: int = 1000, seed: int = 0,
+def stdlib_conversations(max_chars: int = MAX_CHARS, seed: int = 0,
                          val_fraction: float = data.Settings.val_fraction) -> dict[str, list[dict]]:
     """{"train", "val"}: the pairs of the modules that data.py, with this val_fraction, puts into that split.
 
@@ -85,7 +86,7 @@ def assemble(code: str, answer: str) -> str:
     return f"{code}\n{answer if answer[:1].isspace() else indentation + answer}"
 
 
-def write_conversations(folder: str | Path, overwrite: bool = False, max_chars: int = 1000, seed: int = 0,
+def write_conversations(folder: str | Path, overwrite: bool = False, max_chars: int = MAX_CHARS, seed: int = 0,
                         val_fraction: float = data.Settings.val_fraction) -> None:
     """Write the default conversations as train.jsonl and val.jsonl, and print how many of them there are.
 

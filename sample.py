@@ -23,7 +23,7 @@ import torch
 
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, check_tokens, render
-from checkpoint import load_model
+from lora import open_model as load_model
 from config import UserError, parse, require, run
 from data import write_documents
 from generation import Packed, check_speculation, room_of

@@ -249,6 +249,7 @@ def attach(module: nn.Module, name: str, adapter: nn.Module):
         module.adapters = Adapters()
         module.register_forward_hook(adapt)
     module.adapters[name] = adapter
+    module.adapters.train(module.training)
 
 
 def add_rows(model: nn.Module, name: str, ids: Sequence[int], chosen: Mapping[str, nn.Module]) -> list[str]:

@@ -114,7 +114,8 @@ def estimate_memory(config: "ModelConfig", batch_size: int, seq_len: int, *, opt
                     precision: str = "fp32", activation_checkpointing: str = "none",
                     checkpoint_every: int = 1, chunked_loss: bool = True, chunk: int = 2 ** 21,
                     masked: bool = False, data_parallel: str = "ddp", reshard: bool = True, shards: int = 1,
-                    tensor_parallel: int = 1, lora_rank: int = 0, quantize: str | None = None) -> dict[str, int]:
+                    tensor_parallel: int = 1, lora_rank: int = 0,
+                    quantize: str | None = None) -> dict[str, int]:
     """Bytes that training takes on one process: "weights", "gradients", "moments", "activations", "logits",
     and their sum, "total".
 
@@ -183,7 +184,7 @@ def parameter_memory(config: "ModelConfig", width: int, optimizer: str, fsdp: bo
 
 
 def adapter_memory(config: "ModelConfig", rank: int, quantize: str | None) -> dict[str, float]:
-    """Bytes of a frozen base with adapters of all linear layers in its blocks; AdamW's two moments, float32."""
+    """Bytes of a frozen base with adapters of all linear layers in its blocks, and two moments of these."""
     matrices = [shape for shape in block_shapes(config) if len(shape) > 1]
     adapters = config.n_layers * sum(rank * (rows + columns) for rows, columns in matrices)
     weights = 4 * (count_parameters(config) - config.n_layers * sum(map(prod, matrices)) + adapters)

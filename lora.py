@@ -5,16 +5,16 @@ freeze W (out, in), and learn two thin matrices beside it:
 
     y = W x + (alpha / r) B A dropout(x)        A (r, in) random, B (out, r) zero: at first y is W x
 
-By hand: a W of 1,024 x 512 has 524,288 numbers; with r = 8, A has 8 x 512 and B 1,024 x 8, in all 12,288, 2.3 %
-of them. Only those have gradients and moments; the rest needs neither, and can be stored in 4 bits (QLoRA,
-Dettmers et al. 2023, https://arxiv.org/abs/2305.14314). Afterwards W + (alpha / r) B A is a matrix again.
+By hand: a W of 1,024 x 512 has 524,288 numbers; with r = 8, A has 8 x 512 and B 1,024 x 8, in all 12,288,
+2.3 % of them. Only those have gradients and moments; the rest needs neither, and can be stored in 4 bits
+(QLoRA: quantize.py). Afterwards W + (alpha / r) B A is a matrix again.
 
     python sft.py --lora_rank 8 --lora_alpha 16 --out runs/lora                  # adapters on runs/base
-    python sft.py --lora_rank 8 --lora_alpha 16 --quantize nf4 --out runs/qlora  # the base at 4.127 bits a weight
+    python sft.py --lora_rank 8 --lora_alpha 16 --quantize nf4 --out runs/qlora  # the base at 4.127 bits
     python lora.py merge --base runs/base --adapter runs/lora/adapter --out runs/merged
 
-Both runs leave a plain model folder (merged) and in it `adapter/`, in the format of the peft library: 100 KiB
-for the model of the main job, where the whole has 7 MiB.
+Both runs leave a plain model folder (merged) and in it `adapter/`, in the format of the peft library: for the
+model of the main job 329 KiB at rank 8, 45 at rank 1, where the whole has 7.3 MiB.
 """
 import contextlib
 import dataclasses
@@ -36,6 +36,10 @@ from bpe import Tokenizer
 from checkpoint import METADATA, mapped_tensor, model_config, read_header, read_json, stored_tensors
 from config import UserError, parse, require, run
 from model import Transformer, extend_embedding
+# Some of these names are imported to be names of this file, too (F401)
+from quantize import (NF4, QUANTIZE, Int8Tensor, NF4Tensor, QuantizedLinear, dequantize,  # noqa: F401
+                      dequantize_int8, dequantize_nf4, load_base, quantize_int8, quantize_model, quantize_nf4,
+                      stored_parts, weight_of)
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. LoRA
@@ -77,7 +81,7 @@ class LoRA(nn.Module):
         if dropped is x:
             Wx = y if linear.bias is None else y - linear.bias
         else:
-            Wx = F.linear(dropped, weight.to(dropped.dtype))  # as peft: the whole change is of what is dropped
+            Wx = F.linear(dropped, weight.to(dropped.dtype))  # as peft: all that changes reads what is left
         return y + (ratio - 1) * Wx + ratio * self.scale * F.linear(down, self.lora_B)
 
     def whole(self, weight: Tensor, sign: int = 1) -> Tensor:
@@ -147,7 +151,7 @@ def place_of(weight: Tensor) -> torch.device:
 
 
 class Adapters(nn.ModuleDict):
-    """The adapters of one layer by name, of which at most one is at work. Lives in the layer, as .adapters."""
+    """The adapters of one layer by name, of which at most one is at work; in the layer, as .adapters."""
 
     def __init__(self):
         super().__init__()
@@ -227,8 +231,8 @@ def targeted(model: nn.Module, targets: str | Sequence[str], rank: int) -> dict[
     chosen = {path: module for path, module in layers.items() if path in chosen}  # in the model's order
     for path, module in chosen.items():
         if path == "lm_head" and is_tied(model):
-            raise UserError("--lora_targets lm_head: this model's head is tied to its embedding, and a change of "
-                            "one would not be one of the other; leave it out, or untie it first")
+            raise UserError("--lora_targets lm_head: this model's head is tied to its embedding, and a "
+                            "change of one would not be one of the other; leave it out, or untie it first")
         most = min(module.in_features, module.out_features)
         if not 1 <= rank <= most:
             raise UserError(f"--lora_rank {rank} is out of range; {path} is of {module.out_features} x "
@@ -278,7 +282,8 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def switch_adapter(model: nn.Module, name: str | None):
     """Put this adapter to work, alone, and let it be trained; None: the base model again."""
     if name is not None and name not in adapters_of(model):
-        raise UserError(f"there is no adapter {name!r}; this model has {', '.join(adapters_of(model)) or 'none'}")
+        raise UserError(f"there is no adapter {name!r}; this model has "
+                        f"{', '.join(adapters_of(model)) or 'none'}")
     refuse_merged(model)
     for _, module in adapted(model):
         module.adapters.active = name
@@ -313,17 +318,21 @@ def refuse_merged(model: nn.Module):
 def merge_lora(model: nn.Module, dequantize: bool = False) -> nn.Module:
     """Put the adapter at work into the weights: from now on it costs nothing. Edits and returns the model.
 
-    dequantize: a quantised base becomes plain matrices again, those that the adapter was trained with; without
-    this word it is refused, as they take up to eight times the memory. Raises UserError where it is merged.
+    dequantize: a quantised base becomes plain matrices again, those that the adapter was trained with;
+    without this word it is refused, as they take eight times the memory. Raises UserError where it is merged.
     """
     refuse_merged(model)
     if not dequantize and any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise UserError("the base is quantised, and a merged matrix is not; say dequantize=True to merge into the "
-                        "dequantised base (as a command: --dequantized)")
+        raise UserError("the base is quantised, and a merged matrix is not; say dequantize=True to merge "
+                        "into the dequantised base (as a command: --dequantized)")
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if isinstance(child, QuantizedLinear):
-                setattr(parent, key, child.plain())
+                plain = child.plain()
+                if "adapters" in child._modules:
+                    plain.adapters = child.adapters
+                    plain.register_forward_hook(adapt)
+                setattr(parent, key, plain)
     weights = set()
     for _, module in adapted(model):
         adapter = module.adapters.at_work()
@@ -368,204 +377,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Quantisation: NF4, and 8 bits
-
-# The levels of NF4 (Dettmers et al. 2023, appendix E): quantiles of the normal distribution, at 8 steps of
-# probability from 1/2 up to 0.9677 and 7 down, divided by the largest, so that each is met equally often by
-# weights that scatter normally; 0 and +-1 exactly.
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-AT_ONCE = 2 ** 22  # weights that are quantised at a time, a multiple of any block: bounds the memory
-
-
-class Int8Tensor(NamedTuple):
-    """mean + codes / 127 * scales, a scale for each block of the tensor's numbers in their order."""
-    codes: Tensor  # (n,) int8
-    scales: Tensor  # (blocks,) float32: the largest absolute value of each block
-    mean: Tensor  # (1,) float32: what was subtracted before
-    shape: torch.Size
-    block_size: int
-
-
-class NF4Tensor(NamedTuple):
-    """NF4[codes] * scales, a scale for each block of the tensor's numbers in their order."""
-    codes: Tensor  # (ceil(n / 2),) uint8: two codes of 4 bits a byte, the first one high
-    scales: Tensor | Int8Tensor  # (blocks,) float32, or in 8 bits
-    shape: torch.Size
-    block_size: int
-
-
-def quantize_nf4(weight: Tensor, block_size: int = 64, double: bool = False) -> NF4Tensor:
-    """The weight in 4 bits a number, and 32 for each block: 4.5 bits at 64.
-
-    double: the scales in turn in 8 bits, less their mean, in blocks of 256: 4 + 8/64 + 32/(64 256) = 4.127
-    (Dettmers et al. 2023, section 3; there in an 8-bit float, here in whole numbers, as spaced evenly they
-    serve a block of positive scales as well). A block of zeros stays zeros.
-    """
-    assert block_size % 2 == 0, "two codes make a byte"
-    flat, codes, scales = weight.detach().reshape(-1), [], []
-    levels = torch.tensor(NF4, device=weight.device)
-    borders = (levels[1:] + levels[:-1]) / 2  # the nearest level is between two borders
-    for part in flat.split(AT_ONCE // block_size * block_size):
-        blocks, scale = in_blocks(part, block_size)
-        codes.append(torch.bucketize(blocks * reciprocal(scale), borders, out_int32=True).to(torch.uint8)
-                     .flatten()[:part.numel() + part.numel() % 2])
-        scales.append(scale.flatten())
-    codes, scales = torch.cat(codes).view(-1, 2), torch.cat(scales)
-    packed = codes[:, 0] << 4 | codes[:, 1]
-    return NF4Tensor(packed, quantize_int8(scales, centred=True) if double else scales, weight.shape, block_size)
-
-
-def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tensor that q stands for, of its shape."""
-    scales = dequantize_int8(q.scales) if isinstance(q.scales, Int8Tensor) else q.scales
-    levels = torch.tensor(NF4, device=q.codes.device)
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2): of each byte
-    values = F.embedding(q.codes.int(), pairs).flatten()
-    return scaled(values, scales, q.shape, q.block_size).to(dtype)
-
-
-def quantize_int8(weight: Tensor, block_size: int = 256, centred: bool = False) -> Int8Tensor:
-    """The weight in whole numbers from -127 to 127, and 32 bits for each block: 8.125 bits at 256.
-
-    centred: less the mean of all, for numbers that do not scatter around zero.
-    """
-    flat, codes, scales = weight.detach().reshape(-1), [], []
-    mean = flat.float().mean().view(1) if centred else torch.zeros(1, device=weight.device)
-    for part in flat.split(AT_ONCE // block_size * block_size):
-        blocks, scale = in_blocks(part.float() - mean, block_size)
-        codes.append((blocks * reciprocal(scale) * 127).round().to(torch.int8).flatten()[:part.numel()])
-        scales.append(scale.flatten())
-    return Int8Tensor(torch.cat(codes), torch.cat(scales), mean, weight.shape, block_size)
-
-
-def dequantize_int8(q: Int8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (scaled(q.codes.float() / 127, q.scales, q.shape, q.block_size) + q.mean).to(dtype)
-
-
-def in_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(blocks (n, block_size), float32, filled up with zeros; the largest absolute value of each (n, 1))."""
-    blocks = F.pad(flat.float(), (0, -flat.numel() % block_size)).view(-1, block_size)
-    return blocks, blocks.abs().amax(dim=1, keepdim=True)
-
-
-def reciprocal(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, 1 / scale, 0)
-
-
-def scaled(values: Tensor, scales: Tensor, shape: torch.Size, block_size: int) -> Tensor:
-    blocks = F.pad(values, (0, scales.numel() * block_size - values.numel())).view(-1, block_size)
-    return (blocks * scales[:, None]).flatten()[:shape.numel()].view(shape)
-
-
-def dequantize(q: NF4Tensor | Int8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return dequantize_nf4(q, dtype) if isinstance(q, NF4Tensor) else dequantize_int8(q, dtype)
-
-
-QUANTIZE = {"nf4": lambda weight: quantize_nf4(weight, double=True), "int8": quantize_int8}
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer whose weight (out, in) is stored quantised, and is a matrix only while it multiplies.
-
-    What it stores are parameters without gradient, so that FSDP cuts them like others. Scales are kept as the
-    bits of whole numbers: nobody who casts a model to bf16 shall round them.
-    """
-
-    def __init__(self, kind: str, in_features: int, out_features: int, bias: nn.Parameter | None):
-        super().__init__()
-        self.kind, self.in_features, self.out_features, self.bias = kind, in_features, out_features, bias
-
-    @classmethod
-    def of(cls, linear: nn.Linear, kind: str) -> "QuantizedLinear":
-        new = cls(kind, linear.in_features, linear.out_features, linear.bias)
-        for name, tensor in stored_parts(QUANTIZE[kind](linear.weight)).items():
-            new.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        return new
-
-    def quantized(self) -> NF4Tensor | Int8Tensor:
-        shape = torch.Size((self.out_features, self.in_features))
-        if self.kind == "int8":
-            return Int8Tensor(self.codes, self.scale_bits[1:].view(torch.float32),
-                              self.scale_bits[:1].view(torch.float32), shape, 256)
-        scales = Int8Tensor(self.scale_codes, self.scale_bits[1:].view(torch.float32),
-                            self.scale_bits[:1].view(torch.float32), self.scale_codes.shape, 256)
-        return NF4Tensor(self.codes, scales, shape, 64)
-
-    def plain(self) -> nn.Linear:
-        """A linear layer of the dequantised weight, with the same adapters."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=False)
-        linear.weight, linear.bias = nn.Parameter(dequantize(self.quantized()), requires_grad=False), self.bias
-        if "adapters" in self._modules:
-            linear.adapters = self.adapters
-            linear.register_forward_hook(adapt)
-        return linear.train(self.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = QuantizedProduct.apply(x.to(dtype), self.quantized())
-        return y if self.bias is None else y + self.bias.to(dtype)
-
-
-class QuantizedProduct(torch.autograd.Function):
-    """x (..., in) times the dequantised matrix (out, in). What is kept for the backward pass is the quantised
-    one: there it is dequantised anew."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, q: NF4Tensor | Int8Tensor) -> Tensor:
-        ctx.q = q
-        return F.linear(x, dequantize(q, x.dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        return grad @ dequantize(ctx.q, grad.dtype), None
-
-
-def stored_parts(q: NF4Tensor | Int8Tensor) -> dict[str, Tensor]:
-    """The tensors of a QuantizedLinear by name."""
-    if isinstance(q, Int8Tensor):
-        return {"codes": q.codes, "scale_bits": torch.cat([q.mean, q.scales]).view(torch.int32)}
-    inner = stored_parts(q.scales)
-    return {"codes": q.codes, "scale_codes": inner["codes"], "scale_bits": inner["scale_bits"]}
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, dequantised if need be."""
-    return dequantize(module.quantized()) if isinstance(module, QuantizedLinear) else module.weight
-
-
-def quantize_model(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.Module:
-    """Quantise all linear layers but the head, one after the other; edits and returns the model."""
-    assert not adapters_of(model), "quantise first, then add adapters"
-    for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
-            if type(child) is nn.Linear and key != "lm_head":
-                setattr(parent, key, QuantizedLinear.of(child, kind).train(child.training))
-    return model
-
-
-def load_base(folder, quantize: str | None = None, device="cpu",
-              dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
-    """checkpoint.load_model, but each matrix in the blocks is quantised before the next is read."""
-    def quantized(model: Transformer, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        path, _, kind = name.rpartition(".")
-        parent, _, key = path.rpartition(".")
-        module = model.get_submodule(path)
-        if type(module) is not nn.Linear or kind != "weight" or key == "lm_head":
-            return {name: tensor}
-        module.weight = nn.Parameter(tensor)
-        new = QuantizedLinear.of(module, quantize)
-        setattr(model.get_submodule(parent), key, new)
-        return {f"{path}.{part}": p for part, p in new.named_parameters() if part != "bias"}
-    return checkpoint.load_model(folder, device, dtype, stored_as=quantized if quantize else None)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. Files: an adapter as peft keeps it
+# 3. Files: an adapter as peft keeps it
 
 # What our parameters are called there, behind base_model.model.<layer>.
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector",
@@ -575,12 +387,12 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # are those in the file. All others must be off.
 KNOWN = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora",
          "trainable_token_indices", "base_model_name_or_path", "target_modules", "exclude_modules",
-         "layers_to_transform", "layers_pattern", "inference_mode", "init_lora_weights", "auto_mapping", "revision",
-         "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
+         "layers_to_transform", "layers_pattern", "inference_mode", "init_lora_weights", "auto_mapping",
+         "revision", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name in a file: parameter} of all that has a gradient: peft's name, or for what is no adapter its own."""
+    """{name in a file: parameter} of all that is trained: peft's name, or for what is no adapter its own."""
     return {peft_name(name) or name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -610,12 +422,14 @@ def save_adapter(model: nn.Module, folder, tokenizer: Tokenizer | None = None, n
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # comes last: a folder that has one is whole
-    checkpoint.write_tensors(folder / WEIGHTS, lora_state(model, name) if tensors is None else tensors, METADATA)
+    tensors = lora_state(model, name) if tensors is None else tensors
+    checkpoint.write_tensors(folder / WEIGHTS, tensors, METADATA)
     write_adapter_settings(model, tokenizer, folder, name)
 
 
-def write_adapter_settings(model: nn.Module, tokenizer: Tokenizer | None, folder: Path, name: str | None = None):
-    """All of an adapter's folder but the weights. base.json, which peft does not read: whose adapter it is."""
+def write_adapter_settings(model: nn.Module, tokenizer: Tokenizer | None, folder: Path,
+                           name: str | None = None):
+    """All of an adapter's folder but the weights; base.json, which peft does not read: what it stands on."""
     base = base_of(model)
     if isinstance(model, Transformer):
         checkpoint.write_settings(model, tokenizer, folder)
@@ -675,8 +489,9 @@ def adapter_config(folder: Path) -> dict:
     if config.get("peft_type") != "LORA":
         wrong.insert(0, "peft_type")
     if wrong:
-        raise UserError(f"{folder / CONFIG}: {', '.join(f'{key} {config.get(key)!r:.60}' for key in wrong)} is not "
-                        f"supported here; known are LoRA, rsLoRA and DoRA of linear layers, and rows of tokens")
+        wrong = ", ".join(f"{key} {config.get(key)!r:.60}" for key in wrong)
+        raise UserError(f"{folder / CONFIG}: {wrong} is not supported here; known are LoRA, rsLoRA and DoRA "
+                        f"of linear layers, and rows of tokens")
     if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), (int, float)):
         raise UserError(f"{folder / CONFIG} is damaged: r {config.get('r')!r:.60}, lora_alpha "
                         f"{config.get('lora_alpha')!r:.60}")
@@ -687,8 +502,8 @@ def token_ids_of(config: dict) -> list[int]:
     indices = config.get("trainable_token_indices") or []
     lists = list(indices.values()) if isinstance(indices, dict) else [indices]
     if any(ids != lists[0] for ids in lists):
-        raise UserError(f"trainable_token_indices {indices!r:.100} name other tokens for the head than for the "
-                        f"embedding, which is not supported here")
+        raise UserError(f"trainable_token_indices {indices!r:.100} name other tokens for the head than for "
+                        f"the embedding, which is not supported here")
     return lists[0] if lists else []
 
 
@@ -704,7 +519,8 @@ def check_base(folder: Path, config: dict, found: dict, entries: dict, model: nn
     for layer, parts in found.items():
         module = modules.get(layer)
         if module is None or "lora_A" in parts and not is_linear(module):
-            raise UserError(f"{folder} is an adapter for another base: this model has no linear layer {layer:.100}")
+            raise UserError(f"{folder} is an adapter for another base: this model has no linear layer "
+                            f"{layer:.100}")
         if "token_rows" in parts:
             continue
         rows, columns = module.out_features, module.in_features
@@ -720,7 +536,8 @@ def check_base(folder: Path, config: dict, found: dict, entries: dict, model: nn
         raise UserError(f"{folder} is no LoRA adapter: it has no lora_A")
 
 
-def open_model(folder, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
+def open_model(folder, device="cpu",
+               dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
     """checkpoint.load_model, for adapters' folders too: their base is read, and they are merged into it."""
     folder = Path(folder)
     folder = next((place for place in (folder, folder / "adapter") if (place / CONFIG).is_file()), folder)
@@ -728,8 +545,8 @@ def open_model(folder, device="cpu", dtype: torch.dtype = torch.float32) -> tupl
         return checkpoint.load_model(folder, device, dtype)
     base = adapter_config(folder).get("base_model_name_or_path")
     if not base or not Path(base).is_dir():
-        raise UserError(f"{folder} is an adapter for {base}, and there is no such folder here; merge it with the "
-                        f"one you have: python lora.py merge --base F --adapter {folder} --out F")
+        raise UserError(f"{folder} is an adapter for {base}, and there is no such folder here; merge it with "
+                        f"the one you have: python lora.py merge --base F --adapter {folder} --out F")
     quantize = read_json(folder / "base.json", {}).get("quantize")
     model, tokenizer = load_base(base, quantize, device, dtype)
     reads_as(model, folder)
@@ -741,11 +558,11 @@ def reads_as(model: Transformer, folder: Path):
     """Give the model the config that an adapter's folder has, if any: how far it reads, and more tokens."""
     if (folder / "config.json").is_file():
         config = model_config(folder / "config.json")
-        shapes = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "head_dim", "tie_embeddings", "qk_norm")
-        for name in shapes:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "head_dim", "tie_embeddings",
+                     "qk_norm"):
             if getattr(config, name) != getattr(model.config, name):
-                raise UserError(f"{folder} is an adapter for another base: of {name} {getattr(config, name)}, "
-                                f"where this model has {getattr(model.config, name)}")
+                raise UserError(f"{folder} is an adapter for another base: of {name} "
+                                f"{getattr(config, name)}, not {getattr(model.config, name)}")
         grow(model, config.vocab_size)
         model.config = model.model.config = config
 
@@ -772,7 +589,8 @@ def merge_folders(base, adapter, out, quantize: str | None = None):
     for name, place in stored.items():
         module, tensor = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
         if name != "lm_head.weight" or not config.tie_embeddings:
-            tensors[name] = Later(tuple(tensor.shape), place[1].dtype, merged_later(name, module, place, quantize))
+            make = merged_later(name, module, place, quantize)
+            tensors[name] = Later(tuple(tensor.shape), place[1].dtype, make)
     dtype = next(iter(tensors.values())).dtype
     bare = checkpoint.empty_model(model.config).to(dtype)
     tokenizer = checkpoint.load_tokenizer(adapter, model.config) or tokenizer
@@ -788,7 +606,8 @@ def merged_later(name: str, module: nn.Module, place: tuple, quantize: str | Non
             weight = dequantize(QUANTIZE[quantize](weight))
         if isinstance(module, (nn.Embedding, nn.Linear)) and name.endswith(".weight"):
             new = module.weight.size(0) - weight.size(0)
-            weight = torch.cat([weight, weight.mean(dim=0, keepdim=True).expand(new, -1)])  # as extend_embedding
+            mean = weight.mean(dim=0, keepdim=True)  # as extend_embedding
+            weight = torch.cat([weight, mean.expand(new, -1)])
             adapter = module.adapters.at_work() if "adapters" in module._modules else None
             weight = weight if adapter is None else adapter.merged(weight)
         return weight.to(tensor.dtype)
@@ -796,7 +615,7 @@ def merged_later(name: str, module: nn.Module, place: tuple, quantize: str | Non
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Settings of the stages, and the command
+# 4. Settings of the stages, and the command
 
 
 @dataclass
@@ -804,8 +623,8 @@ class Adapter:
     """Adapters: settings that SFT, DPO, PPO and distillation inherit."""
     lora_rank: int = 0  # train adapters of this rank, and leave the weights as they are; 0: train the weights
     lora_alpha: float = 16.0  # what they add is scaled by alpha / rank
-    lora_targets: tuple[str, ...] = ("all",)  # layers that get one: all linear ones but the head, or such names
-                                              # as q_proj v_proj
+    lora_targets: tuple[str, ...] = ("all",)  # layers that get one: all linear ones but the head, or such
+                                              # names as q_proj v_proj
     lora_dropout: float = 0.0  # of what they read
     lora_lr: float = 5e-3  # their peak learning rate (AdamW), in place of --lr
     lora_plus: float = 1.0  # so many times that rate for B (LoRA+; Hayou et al. 2024)
@@ -816,22 +635,23 @@ class Adapter:
 
     def check_adapter(self):
         """Raise UserError where one of these is out of range, or they do not go together."""
-        require(self, lora_rank=(0, None), lora_alpha=(1e-6, 1e6), lora_dropout=(0, 0.99), lora_lr=(1e-12, 10),
-                lora_plus=(1e-3, 1e3))
+        require(self, lora_rank=(0, None), lora_alpha=(1e-6, 1e6), lora_dropout=(0, 0.99),
+                lora_lr=(1e-12, 10), lora_plus=(1e-3, 1e3))
         if self.lora_rank == 0:
             for field in dataclasses.fields(Adapter):
-                if getattr(self, field.name) != field.default:
-                    raise UserError(f"--{field.name} {getattr(self, field.name)} is for adapters, and there are none; "
-                                    f"pass --lora_rank 8")
+                value = getattr(self, field.name)
+                if value != field.default:
+                    raise UserError(f"--{field.name} {value} is for adapters, and there are none; pass "
+                                    f"--lora_rank 8")
             return
         if self.tensor_parallel > 1:
-            raise UserError(f"--tensor_parallel {self.tensor_parallel} does not know adapters; pass --data_parallel "
-                            f"fsdp, or --lora_rank 0")
+            raise UserError(f"--tensor_parallel {self.tensor_parallel} does not know adapters; pass "
+                            f"--data_parallel fsdp, or --lora_rank 0")
         self.lr = self.lora_lr  # what the schedule falls from, and the log shows
 
 
 def add_adapter(model: Transformer, settings, token_ids: Sequence[int] = ()) -> str:
-    """Give the base of settings.init_from the adapter that the settings describe; returns a line that says so.
+    """Give the base of settings.init_from the adapter that the settings describe; returns a line about it.
 
     token_ids: tokens that the base does not know.
     """
@@ -842,11 +662,12 @@ def add_adapter(model: Transformer, settings, token_ids: Sequence[int] = ()) -> 
                           quantize=settings.quantize, merge=settings.lora_merge)
     trained = [p for p in model.parameters() if p.requires_grad]
     stored = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    rows = f", in them the rows of {len(token_ids)} new tokens in embedding and head" if len(token_ids) else ""
+    rows = f", in them {len(token_ids)} new tokens' rows in embedding and head" if len(token_ids) else ""
+    kind = f", its blocks in {settings.quantize}" if settings.quantize else ""
     return (f"trained: adapters of rank {settings.lora_rank} on "
             f"{len(adapters_of(model)['default']['target_modules'])} layers, "
-            f"{sum(p.numel() for p in trained):,} parameters{rows}; frozen: the base"
-            f"{f', its blocks in {settings.quantize}' * bool(settings.quantize)}, {stored / 2 ** 20:,.1f} MiB")
+            f"{sum(p.numel() for p in trained):,} parameters{rows}; frozen: the base{kind}, "
+            f"{stored / 2 ** 20:,.1f} MiB")
 
 
 @dataclass
@@ -854,8 +675,8 @@ class Merge:
     base: str  # model folder
     adapter: str  # folder of an adapter for it, ours or peft's
     out: str  # folder to write: a plain model
-    dequantized: bool | None = None  # of an adapter that was trained on a quantised base: merge into what it saw,
-                                     # the base quantised and dequantised, or (--no-dequantized) into the base
+    dequantized: bool | None = None  # of an adapter that was trained on a quantised base: merge into what it
+        # saw, the base quantised and dequantised, or (--no-dequantized) into the base
     overwrite: bool = False  # replace the model in `out`
 
 
@@ -868,20 +689,22 @@ def merge(settings: Merge):
             raise UserError(f"--out {out} is what is to be read; choose another")
     trained_on = read_json(adapter / "base.json", {})
     if trained_on.get("quantize") and settings.dequantized is None:
-        raise UserError(f"{adapter} was trained on a base quantised to {trained_on['quantize']}; pass --dequantized to "
-                        f"merge it into that base, dequantised, or --no-dequantized to merge it into the full one")
+        raise UserError(f"{adapter} was trained on a base quantised to {trained_on['quantize']}; pass "
+                        f"--dequantized to merge it into that base, dequantised, or --no-dequantized to "
+                        f"merge it into the full one")
     if settings.dequantized and not trained_on.get("quantize"):
         raise UserError(f"--dequantized: {adapter} does not say that its base was quantised; leave it out")
     if trained_on and trained_on["sha256"] != fingerprint(settings.base):
-        print(f"note: {adapter} was trained on other weights than those of {settings.base}: {trained_on['folder']}")
+        print(f"note: {adapter} was trained on other weights than those of {settings.base}, on "
+              f"{trained_on['folder']}")
     merge_folders(settings.base, adapter, out, trained_on.get("quantize") if settings.dequantized else None)
     print(f"model: {out}")
 
 
 def main():
     if sys.argv[1:2] != ["merge"]:
-        raise UserError("lora.py merges: python lora.py merge --base F --adapter F --out F; to train adapters pass "
-                        "--lora_rank 8 to sft.py")
+        raise UserError("lora.py merges: python lora.py merge --base F --adapter F --out F; to train "
+                        "adapters pass --lora_rank 8 to sft.py")
     merge(parse(Merge, sys.argv[2:]))
 
 

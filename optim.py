@@ -296,10 +296,11 @@ def parameter_groups(model: nn.Module, settings) -> list[dict]:
 
 
 def rule_of(name: str, p: Tensor) -> str:
-    """Adapters (lora.py) are AdamW's: Muon would move all r directions of A and of B alike, and their product is
-    what counts. They have no weight decay, which would pull the model back to its base."""
+    """The rule for a parameter. Adapters (lora.py) are AdamW's, as is usual, and have no weight decay, which
+    would pull the model back to its base."""
     if ".adapters." in name:
-        return {"lora_B": "adapters' B", "token_rows": "rows of new tokens"}.get(name.rpartition(".")[2], "adapters")
+        own_rules = {"lora_B": "adapters' B", "token_rows": "rows of new tokens"}
+        return own_rules.get(name.rpartition(".")[2], "adapters")
     matrix = "matrices in blocks" if ".layers." in name else "embedding and head"
     return "vectors" if p.dim() < 2 else matrix
 

@@ -15,6 +15,7 @@ The loop, the loss and all layouts are pretraining's (train.py). Unlike pretrain
 """
 import contextlib
 import hashlib
+import json
 import math
 import re
 import sys
@@ -340,8 +341,8 @@ class Settings(Loop, Adapter):
         self.check_loop()
         self.check_adapter()
         if self.lora_rank and self.train_layers != "all":
-            raise UserError(f"--train_layers {self.train_layers} and --lora_rank {self.lora_rank}: beside adapters all "
-                            f"layers are frozen; leave one of them out")
+            raise UserError(f"--train_layers {self.train_layers} and --lora_rank {self.lora_rank}: beside "
+                            f"adapters all layers are frozen; leave one of them out")
 
 
 def main():
@@ -366,7 +367,7 @@ def fine_tune(settings: Settings, env: Env):
             conversations[split], tokenizer, template, settings.seq_len, settings.loss_on_prompts, env.say)
     batches, validation = pack(settings, examples, tokenizer, template, was.max_seq_len, env)
     settings.steps = settings.steps or steps_of(settings, batches.windows)
-    new = sorted(tokenizer.special_tokens[token] for token in tokenizer.special_tokens.keys() - known.special_tokens)
+    new = sorted(id for token, id in tokenizer.special_tokens.items() if token not in known.special_tokens)
     env.say(add_adapter(model, settings, new) if settings.lora_rank else
             choose_trained(model, settings.train_layers))
     if settings.neftune:
@@ -557,7 +558,9 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings,
         question, truth = (message["content"] for message in conversation["messages"][-2:])
         print(f"{'-' * 80}\n{question}\n>>> before: {old[0]!r:.200}\n>>> after:  {new[0]!r:.200}\n"
               f">>> author: {truth!r:.200}")
-    print(f"model: {settings.out}")
+    lines = map(json.loads, Path(settings.out, "log.jsonl").read_text(encoding="utf-8").splitlines())
+    print(f"model: {settings.out}; {sum(line['seconds'] for line in lines):.0f} s in steps, peak memory "
+          f"{last.get('memory_gib', math.nan):.3f} GiB")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python bench.py                       # training, loss, sharding, decoding; six minutes on two cores
     python bench.py --only training       # one of these, or:
     python bench.py --only decoding       # tokens a second of generate; three minutes
+    python bench.py --only lora           # adapters beside peft's; peaks of full, LoRA and QLoRA training
     python bench.py --only memory         # estimated and measured peaks of a training step; three minutes
     python bench.py --only gpu            # MFU at 124 M and 1 B parameters, beside transformers' on that GPU
 
@@ -27,6 +28,7 @@ import train
 from config import UserError, parse, require, run
 from checkpoint import load_model
 from generation import Packed
+from lora import add_lora, merge_lora, quantize_model, remove_lora
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
 from objectives import linear_cross_entropy, next_token_loss
 from parallel import Compute, Env, choose_precision, measure_peak, parallelize, setup
@@ -35,8 +37,8 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "decoding", "memory", "gpu", "held"] = "all"  # all
-        # that needs no GPU and shows speed
+    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "memory", "gpu",
+                  "held"] = "all"  # all that needs no GPU and shows speed
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
 
@@ -49,7 +51,7 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "memory": memory, "gpu": gpu, "held": held_bytes}
+                "lora": adapters, "memory": memory, "gpu": gpu, "held": held_bytes}
     chosen = [training, loss, sharding, decoding] if settings.only == "all" else [measures[settings.only]]
     for measure in chosen:
         measure(settings.rounds)
@@ -235,11 +237,12 @@ def memory(rounds: int):
                       + (f"; by default {default / 2 ** 20:,.0f}" if default else ""), flush=True)
 
 
-def training_peak(size: str, kind: str, chunked: bool) -> int:
+def training_peak(size: str, kind: str, chunked: bool, rank: int = 0, quantize: str | None = None) -> int:
     """Bytes beyond what stood before the model, at the peak of two steps, the second of two micro-batches.
 
     The first takes the optimizer's moments, and a first micro-batch has no gradients beside it yet. A tiny
-    model goes before, as a library's pages and buffers are taken when they are first used.
+    model goes before, as a library's pages and buffers are taken when they are first used. rank: of adapters,
+    beside a base that is quantised as its weights are drawn, matrix by matrix; 0: all weights are trained.
     """
     shape, (rows, length) = MEMORY_SIZES[size]
     settings = train.Settings(optimizer="adamw", lr=1e-3, device="cpu", seq_len=length)
@@ -247,12 +250,120 @@ def training_peak(size: str, kind: str, chunked: bool) -> int:
     loss_fn = functools.partial(next_token_loss, chunked=chunked)
     for config in (ModelConfig(vocab_size=64, dim=64, n_layers=2, n_heads=2), ModelConfig(**shape)):
         before = resident_peak()
-        model = parallelize(Transformer(config).train(), env)
+        model = Transformer(config) if not quantize else quantized_transformer(config, quantize)
+        model = parallelize((add_lora(model, rank) if rank else model).train(), env)
         optimizer = train.make_optimizer(model, settings)
         batch = random_batch(config, settings, env, rows)
         for micro_batches in (1, 2):
             train.update(model, optimizer, [batch] * micro_batches, loss_fn, settings, env, 1e-3)
     return resident_peak() - before
+
+
+def quantized_transformer(config: ModelConfig, kind: str) -> Transformer:
+    """A model of random weights that never were in memory all at once, as load_base reads one."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    norms = [module for module in model.modules() if hasattr(module, "eps")]
+    for module in (model.model.embed_tokens, model.lm_head, *norms):
+        module.to_empty(device="cpu")
+        torch.nn.init.normal_(module.weight, std=0.02)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for linear in (m for m in part.children() if isinstance(m, torch.nn.Linear)):
+                linear.to_empty(device="cpu")
+                torch.nn.init.normal_(linear.weight, std=0.02)
+            quantize_model(part, kind)
+    return model
+
+
+# ---- adapters, beside peft's -------------------------------------------------------------------------------
+
+
+def adapters(rounds: int):
+    """Time of a LoRA step beside peft's layers in the same model; what merging saves; peaks of memory."""
+    config = train.planned_config(train.Settings(), 4096)
+    sides = {"ours": lora_step(config), "peft in our model": lora_step(config, peft=True),
+             "peft in transformers": lora_peer_step(config), "all weights": our_step(
+                 config, train.Settings(optimizer="adamw"), Env(torch.device("cpu")))}
+    for kind in ("nf4", "int8"):
+        sides[f"ours on {kind}"] = lora_step(config, quantize=kind)
+    seconds = alternate(rounds, **sides)
+    print(f"a LoRA step, rank 8, {count_parameters(config):,} parameters, fp32, {torch.get_num_threads()} "
+          f"threads")
+    for name, value in seconds.items():
+        print(f"  {name:<22}{value * 1e3:>8.1f} ms{seconds['peft in our model'] / value:>7.2f} x the speed "
+              f"of peft in our model")
+    merged_costs_nothing(rounds)
+    lora_memory()
+
+
+def lora_step(config, peft: bool = False, quantize: str | None = None):
+    settings, env = train.Settings(optimizer="adamw"), Env(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = Transformer(config).train()
+    if quantize:
+        quantize_model(model, quantize)
+    model = with_pefts(model) if peft else add_lora(model, 8, 16)
+    optimizer = train.make_optimizer(model, settings)
+    batch = random_batch(config, settings, env)
+    return lambda: train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
+
+
+def with_pefts(model):
+    """The model with peft's LoRA layers on all linear layers in its blocks."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=names), model)
+
+
+def lora_peer_step(config):
+    """As peer_step, of transformers' Llama (sdpa) with peft's adapters."""
+    settings, env = train.Settings(), Env(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = with_pefts(peer_model(config, "sdpa")).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    inputs, targets = random_batch(config, settings, env)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    return step
+
+
+def merged_costs_nothing(rounds: int):
+    """Greedy tokens of the base, the adapted and the merged model, in turns."""
+    base = Transformer(DECODER).eval()
+    adapted = add_lora(Transformer(DECODER).eval(), 8, 16)
+    merged = remove_lora(merge_lora(add_lora(Transformer(DECODER).eval(), 8, 16)))
+    ids = torch.randint(DECODER.vocab_size, (1, 16))
+    models = {"base": base, "adapted": adapted, "merged": merged}
+    seconds = alternate(max(3, rounds // 2), **{
+        name: functools.partial(generate, model, ids, 32, temperature=0) for name, model in models.items()})
+    print("  generation: " + ", ".join(f"{name} {value / seconds['base']:.2f} x the base's time"
+                                       for name, value in seconds.items()))
+
+
+def lora_memory():
+    """Peaks of a training step (AdamW, fp32) of all weights, of adapters, and on a quantised base."""
+    for size in ("weights", "mixed"):
+        shape, (rows, length) = MEMORY_SIZES[size]
+        config = ModelConfig(**shape)
+        kinds = (("full", 0, None), ("LoRA", 8, None), ("int8", 8, "int8"), ("nf4", 8, "nf4"))
+        for name, rank, kind in kinds:
+            code = f"print(bench.training_peak({size!r}, 'none', True, {rank}, {kind!r}))"
+            held = estimate_memory(config, rows, length, lora_rank=rank, quantize=kind)
+            peak = in_a_fresh_process(code, MALLOC_MMAP_THRESHOLD_="65536")
+            trained = held["gradients"] + held["moments"]
+            print(f"  {count_parameters(config):>10,} parameters, {rows} x {length} tokens, {name:<5}"
+                  f"{held['total'] / 2 ** 20:>6,.0f} MiB estimated{peak / 2 ** 20:>6,.0f} measured, ratio "
+                  f"{held['total'] / peak:.2f}; weights {held['weights'] / 2 ** 20:,.1f}, gradients and "
+                  f"moments {trained / 2 ** 20:,.1f}", flush=True)
 
 
 # ---- generation, beside transformers' ----------------------------------------------------------------------

@@ -249,8 +249,12 @@ def write_settings(model: Transformer, tokenizer: Tokenizer | None, folder: Path
                                         "bos_token_id": None, "eos_token_id": None, **ids})
 
 
-def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer | None]:
+def load_model(folder, device="cpu", dtype=torch.float32,
+               stored_as: Callable | None = None) -> tuple[Transformer, Tokenizer | None]:
     """(model in eval mode, its tokenizer or None) from a folder of ours, or of a family of families.py.
+
+    stored_as: stored_as(model, name, tensor) may edit the model, and gives {name: tensor}, which it is then to
+    hold in place of this tensor; called for one after the other (lora.py quantises so).
 
     Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and
     where the model has a feature that ours has not. A tokenizer of a kind that cannot be read here is None,
@@ -269,8 +273,11 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> tuple[Transformer, 
         if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
             raise UserError(f"{folder}: {name} is of type {DTYPE_NAMES[entry.dtype]}; weights are F64, F32, "
                             f"F16 or BF16")
-    tensors = {name: mapped_tensor(*place).to(device, dtype, copy=True)  # a copy: the file may be replaced
-               for name, place in stored.items() if place is not head or not config.tie_embeddings}
+    tensors = {}
+    for name, place in stored.items():
+        if place is not head or not config.tie_embeddings:
+            tensor = mapped_tensor(*place).to(device, dtype, copy=True)  # a copy: the file may be replaced
+            tensors |= stored_as(model, name, tensor) if stored_as else {name: tensor}
     if config.tie_embeddings:
         embedding = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         own = mapped_tensor(*head).to(device, dtype) if head else embedding

@@ -114,13 +114,15 @@ def estimate_memory(config: "ModelConfig", batch_size: int, seq_len: int, *, opt
                     precision: str = "fp32", activation_checkpointing: str = "none",
                     checkpoint_every: int = 1, chunked_loss: bool = True, chunk: int = 2 ** 21,
                     masked: bool = False, data_parallel: str = "ddp", reshard: bool = True, shards: int = 1,
-                    tensor_parallel: int = 1) -> dict[str, int]:
+                    tensor_parallel: int = 1, lora_rank: int = 0,
+                    quantize: str | None = None) -> dict[str, int]:
     """Bytes that training takes on one process: "weights", "gradients", "moments", "activations", "logits",
     and their sum, "total".
 
     batch_size: windows held at once, a micro-batch. chunk: logits that the chunked loss holds at once.
     masked: batches bring a mask; a bound, as if it let all T see all T. shards: into how many parts "fsdp"
-    and "hsdp" cut the weights.
+    and "hsdp" cut the weights. lora_rank: only adapters of all linear layers in blocks are trained, the base
+    being stored as `quantize` says (lora.py); of one process, in fp32.
 
     Each part is the most that it takes. Together they are what a micro-batch finds that is not the first of
     its step; a step of one stays below, its gradients coming as its activations go, and so do checkpointed
@@ -136,13 +138,16 @@ def estimate_memory(config: "ModelConfig", batch_size: int, seq_len: int, *, opt
     every_kth = 0 if activation_checkpointing == "none" else config.n_layers // checkpoint_every
     kept = ((config.n_layers - every_kth) * blocks["none"] + every_kth * blocks[activation_checkpointing]
             + (recomputed[activation_checkpointing] if every_kth else 0))  # of one block at a time
+    if lora_rank:
+        held = adapter_memory(config, lora_rank, quantize)
+        kept += 4 * lora_rank * config.n_layers * sum(len(shape) > 1 for shape in block_shapes(config))  # A x
     ends = 8 + ((4 + stream) * config.dim + 4) / tensor_parallel + masked * seq_len  # ids, last norm, mask
     held["activations"] = tokens * (kept + ends) + 4 * seq_len * config.head_dim  # rotary angles
     C, V = config.dim, config.vocab_size / tensor_parallel
     if chunked_loss:  # hidden states, their gradient and the head's, what a chunk adds to it, and chunks
         rows = min(tokens, max(2 * C, chunk // V))
         chunks = (8 - width) * rows
-        held["logits"] = 2 * stream * tokens * C + (4 + width) * V * C + V * chunks
+        held["logits"] = 2 * stream * tokens * C + (0 if lora_rank else (4 + width) * V * C) + V * chunks
     else:  # what the head multiplies; the log-softmax, and on the way back two gradients
         held["logits"] = tokens * (width * C + 3 * 4 * V)
     held = {part: math.ceil(size) for part, size in held.items()}
@@ -176,6 +181,23 @@ def parameter_memory(config: "ModelConfig", width: int, optimizer: str, fsdp: bo
     elif width == 2:
         held["weights"] += 2 * (L * numbers(shape for shape in block if len(shape) > 1) + numbers(ends[:1]))
     return held
+
+
+def adapter_memory(config: "ModelConfig", rank: int, quantize: str | None) -> dict[str, float]:
+    """Bytes of a frozen base with adapters of all linear layers in its blocks, and two moments of these."""
+    matrices = [shape for shape in block_shapes(config) if len(shape) > 1]
+    adapters = config.n_layers * sum(rank * (rows + columns) for rows, columns in matrices)
+    weights = 4 * (count_parameters(config) - config.n_layers * sum(map(prod, matrices)) + adapters)
+    weights += config.n_layers * sum(stored_bytes(prod(shape), quantize) for shape in matrices)
+    return {"weights": weights, "gradients": 4 * adapters, "moments": 8 * adapters}
+
+
+def stored_bytes(numbers: int, quantize: str | None) -> int:
+    """Of a matrix: float32; in NF4, 1/2 a number, 1 a block of 64 and 4 for 256 of these; int8, 4 for 256."""
+    if quantize is None:
+        return 4 * numbers
+    coded = numbers if quantize == "int8" else math.ceil(numbers / 64)
+    return (0 if quantize == "int8" else math.ceil(numbers / 2)) + coded + 4 * math.ceil(coded / 256) + 4
 
 
 def block_activations(config: "ModelConfig", width: int, stream: int, mask: int,

@@ -32,6 +32,7 @@ from bpe import Tokenizer
 from checkpoint import load_model
 from config import UserError, parse, require, run, show
 from data import IGNORE, Wrapped, end_of_text_id, stored_documents
+from lora import effective_weight
 from model import Transformer, generate
 from parallel import choose_device
 
@@ -52,7 +53,7 @@ def next_token_loss(model: Transformer, batch: tuple[Tensor, ...], chunked: bool
         hidden, targets = hidden[valid], targets[valid]
     if chunked:
         assert type(model.lm_head) is nn.Linear, "this loss reads the head's weight, not what wraps it"
-        loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, targets)
+        loss_sum = linear_cross_entropy(hidden, effective_weight(model.lm_head), targets)
     else:
         logits = model.lm_head(hidden).float()  # (B T, V)
         loss_sum = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
@@ -96,7 +97,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(2 * hidden.size(1), (2 ** 27 if hidden.is_cuda else 2 ** 21) // max(1, len(weight)))
         loss_sum = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))
         hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        weight_grad = None  # of a frozen head nobody asks for it
+        if with_gradient and ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         with torch.autocast(device, enabled=False):
             for part, part_grad, target in zip(hidden.split(rows), hidden_grad.split(rows),
                                                targets.split(rows)):
@@ -105,7 +108,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if with_gradient:
                     grad = grad.to(exact)  # (rows, V)
                     part_grad.copy_(grad @ exact_weight)
-                    weight_grad += grad.T @ part.to(exact)
+                    if weight_grad is not None:
+                        weight_grad += grad.T @ part.to(exact)
                 del grad  # before the next rows' logits take as much again
         if with_gradient:
             if group is not None:
@@ -117,7 +121,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: Tensor):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * scale, weight_grad * scale, None, None, None, None
+        weight_grad = None if weight_grad is None else weight_grad * scale
+        return hidden_grad * scale, weight_grad, None, None, None, None
 
 
 def rows_loss(logits: Tensor, targets: Tensor, group=None, first: int = 0) -> tuple[Tensor, Tensor]:

@@ -282,15 +282,27 @@ def parameter_groups(model: nn.Module, settings) -> list[dict]:
     rest = "adafactor" if settings.optimizer == "adafactor" else "adamw"
     rules = {"matrices in blocks": (settings.optimizer, settings.lr, settings.weight_decay),
              "embedding and head": (rest, settings.adam_lr, settings.weight_decay),
-             "vectors": (rest, settings.adam_lr, 0.0)}
+             "vectors": (rest, settings.adam_lr, 0.0),
+             "adapters": (rest, settings.lr, 0.0),
+             "adapters' B": (rest, settings.lr * getattr(settings, "lora_plus", 1.0), 0.0),
+             "rows of new tokens": (rest, settings.adam_lr, 0.0)}
     params: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            matrix = "matrices in blocks" if ".layers." in name else "embedding and head"
-            params.setdefault("vectors" if p.dim() < 2 else matrix, []).append(p)
+            params.setdefault(rule_of(name, p), []).append(p)
     return [{"rule": rule, "params": params[rule], "optimizer": optimizer, "weight_decay": weight_decay,
              "lr": lr, "lr_scale": lr / settings.lr, "betas": settings.betas, "eps": settings.eps}
             for rule, (optimizer, lr, weight_decay) in rules.items() if rule in params]
+
+
+def rule_of(name: str, p: Tensor) -> str:
+    """The rule for a parameter. Adapters (lora.py) are AdamW's, as is usual, and have no weight decay, which
+    would pull the model back to its base."""
+    if ".adapters." in name:
+        own_rules = {"lora_B": "adapters' B", "token_rows": "rows of new tokens"}
+        return own_rules.get(name.rpartition(".")[2], "adapters")
+    matrix = "matrices in blocks" if ".layers." in name else "embedding and head"
+    return "vectors" if p.dim() < 2 else matrix
 
 
 def describe_groups(groups: list[dict]) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, check_tokens, render
-from checkpoint import load_model
+from lora import open_model
 from config import UserError, parse, require, run
 from data import write_documents
 from generation import Packed, check_speculation, room_of
@@ -107,7 +107,7 @@ def load_draft(settings: Settings, tokenizer: Tokenizer, device: torch.device,
                dtype: torch.dtype) -> Transformer | None:
     if settings.draft is None:
         return None
-    draft, its_tokenizer = load_model(settings.draft, device, dtype)
+    draft, its_tokenizer = open_model(settings.draft, device, dtype)
     if its_tokenizer is None or its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{settings.draft} has another tokenizer than {settings.model}, so it cannot guess "
                         f"its tokens; train it on the same shards")
@@ -366,7 +366,7 @@ def main():
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)
     folder = settings.model if settings.chat is None else settings.chat
-    model, tokenizer = load_model(folder, device, dtype)
+    model, tokenizer = open_model(folder, device, dtype)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer.json, so its tokens cannot be read; "
                         f"copy it into the folder")

@@ -15,6 +15,7 @@ The loop, the loss and all layouts are pretraining's (train.py). Unlike pretrain
 """
 import contextlib
 import hashlib
+import json
 import math
 import re
 import sys
@@ -36,9 +37,10 @@ import stdlib_chat
 from attention import Mask
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, jinja, read_conversations, render, with_chat_tokens
-from checkpoint import load_model, read_json
+from checkpoint import read_json
 from config import UserError, parse, require, run, show
 from data import IGNORE, Batches, Replay
+from lora import Adapter, add_adapter, base_of, load_base, open_model
 from metaspace import load_tokenizer
 from model import ModelConfig, Transformer, extend_embedding, generate
 from objectives import next_token_loss
@@ -304,7 +306,7 @@ def configured(model: Transformer, config: ModelConfig):
 
 
 @dataclass
-class Settings(Loop):
+class Settings(Loop, Adapter):
     init_from: str = "runs/base"  # model folder to begin with, ours or a downloaded one
     data: str = "runs/chat"  # conversations: a file, or a folder with train.jsonl and val.jsonl; the default
                              # folder is made if missing
@@ -337,6 +339,10 @@ class Settings(Loop):
         require(self, epochs=(0.001, 1000), replay_share=(0, 0.99), neftune=(0, 1000), show_mask=(0, None),
                 questions=(0, None), val_share=(0.001, 0.5))
         self.check_loop()
+        self.check_adapter()
+        if self.lora_rank and self.train_layers != "all":
+            raise UserError(f"--train_layers {self.train_layers} and --lora_rank {self.lora_rank}: beside "
+                            f"adapters all layers are frozen; leave one of them out")
 
 
 def main():
@@ -350,7 +356,8 @@ def main():
 def fine_tune(settings: Settings, env: Env):
     """The stage on one process: refuse what is wrong, make what is missing, train, compare."""
     template = TEMPLATES[settings.template]
-    model, tokenizer = with_template(*base_model(settings), template, env)
+    model, known = base_model(settings)
+    model, tokenizer = with_template(model, known, template, env)
     was = model.config  # how far it read
     prepare_data(settings, env)
     model.config = model.model.config = reading_further(was, settings, env)
@@ -360,7 +367,9 @@ def fine_tune(settings: Settings, env: Env):
             conversations[split], tokenizer, template, settings.seq_len, settings.loss_on_prompts, env.say)
     batches, validation = pack(settings, examples, tokenizer, template, was.max_seq_len, env)
     settings.steps = settings.steps or steps_of(settings, batches.windows)
-    env.say(choose_trained(model, settings.train_layers))
+    new = sorted(id for token, id in tokenizer.special_tokens.items() if token not in known.special_tokens)
+    env.say(add_adapter(model, settings, new) if settings.lora_rank else
+            choose_trained(model, settings.train_layers))
     if settings.neftune:
         add_noise(model, settings.neftune)
     if env.rank == 0:
@@ -381,7 +390,7 @@ def fine_tune(settings: Settings, env: Env):
                       patient=True)
         env.first(lambda: before.update(replies=reply_to(asked, model, tokenizer, template)), patient=True)
         last = train(model, batches, reply_loss, settings, env, tokenizer, validation,
-                     identity(settings, batches))
+                     identity(settings, batches) | {"base": base_of(model).get("sha256")})
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)
 
 
@@ -407,7 +416,7 @@ def base_model(settings: Settings) -> tuple[Transformer, Tokenizer]:
     if settings.init_from == Settings.init_from and not Path(settings.init_from).exists():
         raise UserError(f"there is no {settings.init_from}, the model to begin with; make it with: python "
                         f"train.py, or name one with --init_from")
-    model, tokenizer = load_model(settings.init_from)
+    model, tokenizer = load_base(settings.init_from, settings.quantize)
     if tokenizer is None:
         raise UserError(f"{settings.init_from} has no tokenizer.json that can be read, and conversations "
                         f"cannot be written without it; choose another --init_from")
@@ -535,7 +544,7 @@ def reply_to(asked: Sequence[dict], model: Transformer, tokenizer: Tokenizer,
 
 def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings, env: Env):
     """Print the table of before and after, and a few replies side by side. last: the log's last line."""
-    model, tokenizer = load_model(settings.out, env.device)
+    model, tokenizer = open_model(settings.out, env.device)
     replies = reply_to(asked, model, tokenizer, TEMPLATES[settings.template])
     rows = [("loss on replies, nats a token", before["loss"], last["val_loss_nats_per_token"])]
     if "plain" in before:
@@ -549,7 +558,9 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings,
         question, truth = (message["content"] for message in conversation["messages"][-2:])
         print(f"{'-' * 80}\n{question}\n>>> before: {old[0]!r:.200}\n>>> after:  {new[0]!r:.200}\n"
               f">>> author: {truth!r:.200}")
-    print(f"model: {settings.out}")
+    lines = map(json.loads, Path(settings.out, "log.jsonl").read_text(encoding="utf-8").splitlines())
+    print(f"model: {settings.out}; {sum(line['seconds'] for line in lines):.0f} s in steps, peak memory "
+          f"{last.get('memory_gib', math.nan):.3f} GiB")
 
 
 if __name__ == "__main__":

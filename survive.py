@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import lora
 from checkpoint import load_state, save_model, save_state, states, write_order, write_settings
 from config import UserError
 from model import Transformer
@@ -154,12 +155,30 @@ def together(write: Callable[[], None], tensors: list[dict[str, Parted]], rank: 
 
 
 def save_whole(model: nn.Module, tokenizer, folder: Path, env: Env):
-    """checkpoint.save_model, for a model that may lie in parts."""
-    tensors = {name: Parted(p, env.patient) for name, p in model.named_parameters()}  # a tied head: one name
+    """checkpoint.save_model, for a model that may lie in parts; with adapters, these and then all, merged."""
+    adapted, parameters = saved_tensors(model)
+    tensors = {name: Parted(p, env.patient) for name, p in parameters.items()}
 
     def write():
-        save_model(model, tokenizer, folder, tensors=tensors)
+        if not adapted:
+            save_model(model, tokenizer, folder, tensors=tensors)
+            return
+        lora.save_adapter(model, folder / "adapter", tokenizer, tensors=tensors)
+        base = lora.base_of(model)
+        if base and base["merge"]:
+            lora.merge_folders(base["folder"], folder / "adapter", folder, base["quantize"])
     env.each(lambda: together(write, [tensors], env.rank), patient=True)
+
+
+def saved_tensors(model: nn.Module) -> tuple[bool, dict[str, nn.Parameter]]:
+    """(whether the model has adapters, {name in a file: what is saved of it}).
+
+    All parameters, a tied head under one name; of a model with adapters those that are trained: its base is
+    in a folder of its own, and stays as it is.
+    """
+    if lora.adapters_of(model):
+        return True, lora.trained_tensors(model)
+    return False, dict(model.named_parameters())
 
 
 class Run:
@@ -213,7 +232,9 @@ class Run:
 
     def beside(self, folder: Path):
         """Make a state's folder a model folder too: sample.py and transformers open it."""
-        if isinstance(self.model, Transformer):
+        if lora.adapters_of(self.model):
+            lora.write_adapter_settings(self.model, self.tokenizer, folder)
+        elif isinstance(self.model, Transformer):
             write_settings(self.model, self.tokenizer, folder)
 
     def wait(self):
@@ -258,9 +279,9 @@ class Run:
             setattr(self, name, extra[name])
         if self.scaler and extra["scaler"]:
             self.scaler.load_state_dict(extra["scaler"])
-        parameters = dict(self.model.named_parameters())
+        adapted, parameters = saved_tensors(self.model)
         for name, p in parameters.items():
-            local_part(p).copy_(own_part(tensors["model"][name], p))
+            local_part(p).copy_(own_part(tensors["adapter_model" if adapted else "model"][name], p))
         self.optimizer.state.clear()
         for name, whole in tensors["optimizer"].items():
             name, _, key = name.rpartition(".")
@@ -268,11 +289,12 @@ class Run:
 
 
 def named_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
-    """{"model": weights, "optimizer": moments}, by name; a tied head has one name, and is written once."""
-    names = {p: name for name, p in model.named_parameters()}
+    """{"model": weights, "optimizer": moments}, by name; for adapters "adapter_model", as peft has it."""
+    adapted, parameters = saved_tensors(model)
+    names = {p: name for name, p in parameters.items()}
     moments = {f"{names[p]}.{key}": value
                for p, state in optimizer.state.items() for key, value in state.items()}
-    return {"model": {name: p for p, name in names.items()}, "optimizer": moments}
+    return {"adapter_model" if adapted else "model": parameters, "optimizer": moments}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -343,6 +365,7 @@ def open_run_folder(settings):
 def clear_run_folder(folder: Path, overwrite: bool):
     if overwrite:
         shutil.rmtree(folder / "state", ignore_errors=True)
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
         # settings.json stays: after a kill here it is still a run
         for name in (*MODEL_FILES, "log.jsonl", "trace.json"):
             (folder / name).unlink(missing_ok=True)

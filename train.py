@@ -223,7 +223,8 @@ SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len", "
 # a bad step rolls a run back, save_every and the stops show all the same: it goes back to the last state.)
 FREE = {field.name for field in fields(Compute)} | {
     "data", "out", "overwrite", "preset", "micro_batch_size", "chunked_loss", "eval_stride", "eval_every",
-    "save_every", "sample_prompts", "max_rollbacks", "profile", "dry_run", "init_from", "replay"}
+    "save_every", "sample_prompts", "max_rollbacks", "profile", "dry_run", "init_from", "replay",
+    "lora_merge"}
 
 
 # ------------------------------------------------------------------------------------------------------------

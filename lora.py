@@ -14,7 +14,7 @@ By hand: a W of 1,024 x 512 has 524,288 numbers; with r = 8, A has 8 x 512 and B
     python lora.py merge --base runs/base --adapter runs/lora/adapter --out runs/merged
 
 Both runs leave a plain model folder (merged) and in it `adapter/`, in the format of the peft library: for the
-model of the main job 329 KiB at rank 8, 45 at rank 1, where the whole has 7.3 MiB.
+model of the main job 329 KiB at rank 8, 49 at rank 1, where the whole has 7.3 MiB.
 """
 import contextlib
 import dataclasses

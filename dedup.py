@@ -32,7 +32,6 @@ import sysconfig
 import time
 import unicodedata
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -43,7 +42,7 @@ import numpy as np
 
 import config
 from config import UserError
-from ngrams import (MULTIPLIER, WORD, WordHashes, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
+from ngrams import (MULTIPLIER, WORD, Hasher, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
                     words_of)
 from suffixes import duplicate_spans, without_repeated_spans  # noqa: F401, the first for who imports it here
 
@@ -95,19 +94,19 @@ def minhash(texts: Iterable[str], num_hashes: int = 112, ngram: int = 5, seed: i
     sqrt(s (1 - s) / k).
 
     Function i is a_i x + b_i modulo 2^32, x the upper 32 bits of an n-gram's hash, a_i odd: a bijection, so
-    no two n-grams tie. (x is random already, by BLAKE2b; that is why so simple a function is enough.) All
+    no two n-grams tie. (x is random already, by Hasher; that is why so simple a function is enough.) All
     follows from `seed`. A document without n-grams has 2^32 - 1 throughout. 4 bytes a hash and document.
     """
     factors, offsets = hash_functions(num_hashes, seed)
     blocks = [smallest(hashes, counts, factors, offsets)
-              for hashes, counts in blocks_of_shingles(texts, ngram, WordHashes(seed))]
+              for hashes, counts in blocks_of_shingles(texts, ngram, Hasher(seed))]
     return np.concatenate(blocks)
 
 
 def hash_functions(num_hashes: int, seed: int) -> np.ndarray:
     """(2, num_hashes) uint32: the factors a_i, odd, and the offsets b_i."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    functions = generator.integers(2 ** 32, size=(2, num_hashes), dtype=np.uint32)
+    random = np.random.PCG64([seed, 1]).random_raw(2 * num_hashes).reshape(2, num_hashes)
+    functions = (random >> np.uint64(32)).astype(np.uint32)
     functions[0] |= np.uint32(1)
     return functions
 
@@ -154,10 +153,9 @@ def band_keys(texts: Iterable[str], num_hashes: int = 112, bands: int = 14, ngra
     """
     check(num_hashes, bands, ngram)
     factors, offsets = hash_functions(num_hashes, seed)
-    random = np.random.Generator(np.random.PCG64([seed, 1]))
-    odd = random.integers(2 ** 64, size=num_hashes // bands, dtype=np.uint64) | np.uint64(1)
+    odd = np.random.PCG64([seed, 2]).random_raw(num_hashes // bands) | np.uint64(1)
     blocks = []
-    for hashes, counts in blocks_of_shingles(texts, ngram, WordHashes(seed)):
+    for hashes, counts in blocks_of_shingles(texts, ngram, Hasher(seed)):
         rows = smallest(hashes, counts, factors, offsets).reshape(len(counts), bands, len(odd))
         keys = (rows * odd).sum(axis=2, dtype=np.uint64)  # (texts, b, r) -> (texts, b), modulo 2^64
         keys = mix(keys + np.arange(bands, dtype=np.uint64) * MULTIPLIER)
@@ -198,11 +196,11 @@ def near_duplicates(texts, threshold: float = 0.8, num_hashes: int = 112, bands:
         keys = band_keys(texts, num_hashes, bands, ngram, seed)
     assert keys.shape == (len(texts), bands), f"keys {keys.shape} are not those of {len(texts)} texts"
 
-    hashes, clusters = WordHashes(seed), Clusters(len(texts))
+    hasher, clusters = Hasher(seed), Clusters(len(texts))
 
     @functools.lru_cache(maxsize=256)
     def shingles(i: int) -> np.ndarray:
-        return distinct(next(blocks_of_shingles([texts[i]], ngram, hashes))[0])
+        return distinct(next(blocks_of_shingles([texts[i]], ngram, hasher))[0])
 
     def similar(i: int, j: int) -> bool:
         a, b = shingles(i), shingles(j)
@@ -399,10 +397,9 @@ def contamination(texts: Iterable[str], benchmarks: dict[str, Iterable[str]], ng
 
 
 def look_up(texts: Iterable[str], items: list[tuple], ngram: int) -> Iterator[list[Overlap]]:
-    hashes, held = WordHashes(0), deque()  # the texts of a block, until their words have been looked up
-    table = benchmark_table(items, ngram, hashes)
-    passed_on = (held.append(text) or text for text in texts)
-    for words, counts in blocks_of_words(passed_on, words_of, hashes):
+    hasher = Hasher(0)
+    table = benchmark_table(items, ngram, hasher)
+    for block, words, counts in blocks_of_words(texts, hasher):
         ends = np.cumsum(counts)
         found = [[] for _ in counts]
         for length, (keys, owners, places) in table.items():
@@ -412,18 +409,16 @@ def look_up(texts: Iterable[str], items: list[tuple], ngram: int) -> Iterator[li
                 document = int(np.searchsorted(ends, hit, side="right"))
                 first = int(hit - ends[document] + counts[document])
                 found[document].append((int(owners[at[hit]]), int(places[at[hit]]), first, length))
-        for hits in found:
-            text = held.popleft()
-            yield overlaps(text, hits, items) if hits else []
+        yield from (overlaps(text, hits, items) if hits else [] for text, hits in zip(block, found))
 
 
-def benchmark_table(items: list[tuple], ngram: int, hashes: WordHashes) -> dict[int, tuple]:
+def benchmark_table(items: list[tuple], ngram: int, hasher: Hasher) -> dict[int, tuple]:
     """{length: (keys, items, places)}: the n-grams of all items, sorted, and where each stands first."""
     found = {}
     for index, (_, _, words) in enumerate(items):
         length = min(ngram, len(words))
         if length >= min(SHORTEST, ngram):
-            keys = windows(np.array([hashes[word] for word in words], np.uint64), length)
+            keys = windows(hasher.words(" ".join(words).encode("utf-8", "surrogatepass"))[0], length)
             found.setdefault(length, []).append((keys, np.full(len(keys), index), np.arange(len(keys))))
     table = {}
     for length, parts in found.items():

@@ -69,7 +69,7 @@ def duplicate_spans_plain(tokens: list[int], min_length: int) -> list[tuple[int,
 def suffix_array(tokens: np.ndarray, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(order (N,) uint32, new (N,) bool): all suffixes, sorted, and which of them differ from the one before.
 
-    Compared are `depth` tokens (None: all); suffixes that agree so far stay in no stated order. The end of the
+    Compared are `depth` tokens (None: all); suffixes that agree so far are in no stated order. The end of the
     text comes before every token.
 
     Prefix doubling (Manber and Myers 1993): sorted by their first h tokens, each suffix has a rank; the rank

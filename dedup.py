@@ -97,6 +97,7 @@ def minhash(texts: Iterable[str], num_hashes: int = 112, ngram: int = 5, seed: i
     no two n-grams tie. (x is random already, by Hasher; that is why so simple a function is enough.) All
     follows from `seed`. A document without n-grams has 2^32 - 1 throughout. 4 bytes a hash and document.
     """
+    check(num_hashes, 1, ngram)
     factors, offsets = hash_functions(num_hashes, seed)
     blocks = [smallest(hashes, counts, factors, offsets)
               for hashes, counts in blocks_of_shingles(texts, ngram, Hasher(seed))]
@@ -165,6 +166,7 @@ def band_keys(texts: Iterable[str], num_hashes: int = 112, bands: int = 14, ngra
 
 
 def check(num_hashes: int, bands: int, ngram: int, threshold: float = 1.0):
+    """Raise UserError for what is out of range or does not fit together."""
     if ngram < 1:
         raise UserError(f"ngram {ngram} is out of range; it must be at least 1 word")
     if not 0 < threshold <= 1:

@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies
 from support import in_process
 
 import dedup
+import ngrams as ngrams_file
 import suffixes
 from config import UserError
 from dedup import (StoredTexts, band_keys, candidate_chance, contaminated, contaminated_plain, contamination,
@@ -89,6 +90,21 @@ def test_signatures_are_uint32_and_a_function_of_text_and_seed_alone():
     assert np.array_equal(signatures[::-1], minhash(texts[::-1], 64, 5))
     assert np.array_equal(signatures[7:8], minhash([texts[7]], 64, 5)), "it depends on the block"
     assert not np.array_equal(signatures, minhash(texts, 64, 5, seed=1))
+
+
+def test_hashes_do_not_depend_on_how_texts_are_cut_into_blocks(monkeypatch):
+    """With blocks of 16 bytes a text is worked on in many parts, and a word may be longer than two of them."""
+    texts = near_corpus(1, 20) + ["short", "", "x" * 100 + " y " + "z" * 17, "春眠不覺曉，處處聞啼鳥。夜來風雨聲"]
+    whole = minhash(texts, 16, 3)
+    monkeypatch.setattr(ngrams_file, "BLOCK", 16)
+    assert np.array_equal(minhash(texts, 16, 3), whole)
+
+
+def test_words_of_equal_bytes_in_another_order_have_other_hashes():
+    found = "ab ba aab aba baa a aa aaa aaaa abab baba".split()
+    hashes, starts = ngrams_file.Hasher(0).words(" ".join(found).encode())
+    assert len(set(hashes.tolist())) == len(found) and starts[:3].tolist() == [0, 3, 6]
+    assert ngrams_file.Hasher(0).words(b"  ab  ")[0].tolist() == hashes[:1].tolist()
 
 
 def test_signatures_do_not_depend_on_the_process():

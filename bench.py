@@ -34,9 +34,9 @@ from checkpoint import load_model
 from dedup import curve_line, near_duplicates
 from generation import Packed
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
-from ngrams import words_of
 from objectives import linear_cross_entropy, next_token_loss
 from parallel import Compute, Env, choose_precision, measure_peak, parallelize, setup
+from shingles import words_of
 from suffixes import duplicate_spans
 from survive import local_part
 

@@ -42,8 +42,8 @@ import numpy as np
 
 import config
 from config import UserError
-from ngrams import (MULTIPLIER, WORD, Hasher, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
-                    words_of)
+from shingles import (MULTIPLIER, WORD, Hasher, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
+                      words_of)
 from suffixes import duplicate_spans, without_repeated_spans  # noqa: F401, the first for who imports it here
 
 # ---- 1. The lesson: all pairs, joined ----------------------------------------------------------------------

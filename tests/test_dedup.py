@@ -1,4 +1,4 @@
-"""dedup.py, ngrams.py, suffixes.py: what counts as the same, what is found, what is dropped, what stays."""
+"""dedup.py, shingles.py, suffixes.py: what counts as the same, what is found, what is dropped, what stays."""
 import json
 import math
 import os
@@ -14,13 +14,13 @@ from hypothesis import given, settings, strategies
 from support import in_process
 
 import dedup
-import ngrams as ngrams_file
+import shingles
 import suffixes
 from config import UserError
 from dedup import (StoredTexts, band_keys, candidate_chance, contaminated, contaminated_plain, contamination,
                    curve_line, exact_duplicates, minhash, near_duplicates, near_duplicates_plain,
                    without_repeated_lines, without_repeated_lines_plain)
-from ngrams import WORD, jaccard, ngrams, words_of
+from shingles import WORD, jaccard, ngrams, words_of
 from suffixes import cut, duplicate_spans, duplicate_spans_plain, suffix_array, without_repeated_spans
 
 ROOT = Path(dedup.__file__).parent
@@ -96,15 +96,15 @@ def test_hashes_do_not_depend_on_how_texts_are_cut_into_blocks(monkeypatch):
     """With blocks of 16 bytes a text is worked on in many parts, and a word may be longer than two of them."""
     texts = near_corpus(1, 20) + ["short", "", "x" * 100 + " y " + "z" * 17, "春眠不覺曉，處處聞啼鳥。夜來風雨聲"]
     whole = minhash(texts, 16, 3)
-    monkeypatch.setattr(ngrams_file, "BLOCK", 16)
+    monkeypatch.setattr(shingles, "BLOCK", 16)
     assert np.array_equal(minhash(texts, 16, 3), whole)
 
 
 def test_words_of_equal_bytes_in_another_order_have_other_hashes():
     found = "ab ba aab aba baa a aa aaa aaaa abab baba".split()
-    hashes, starts = ngrams_file.Hasher(0).words(" ".join(found).encode())
+    hashes, starts = shingles.Hasher(0).words(" ".join(found).encode())
     assert len(set(hashes.tolist())) == len(found) and starts[:3].tolist() == [0, 3, 6]
-    assert ngrams_file.Hasher(0).words(b"  ab  ")[0].tolist() == hashes[:1].tolist()
+    assert shingles.Hasher(0).words(b"  ab  ")[0].tolist() == hashes[:1].tolist()
 
 
 def test_signatures_do_not_depend_on_the_process():

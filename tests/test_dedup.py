@@ -93,7 +93,7 @@ def test_signatures_are_uint32_and_a_function_of_text_and_seed_alone():
 
 
 def test_hashes_do_not_depend_on_how_texts_are_cut_into_blocks(monkeypatch):
-    """With blocks of 16 bytes a text is worked on in many parts, and a word may be longer than two of them."""
+    """With blocks of 16 bytes a text is worked on in many parts, a word may be longer than two of them."""
     texts = near_corpus(1, 20) + ["short", "", "x" * 100 + " y " + "z" * 17, "春眠不覺曉，處處聞啼鳥。夜來風雨聲"]
     whole = minhash(texts, 16, 3)
     monkeypatch.setattr(shingles, "BLOCK", 16)
@@ -253,6 +253,12 @@ def test_many_copies_of_a_text_take_linear_time():
     text = " ".join(words(60, generator))
     texts = [f"{text} {number}" for number in range(5000)]
     assert not near_duplicates(texts).any()
+
+
+def test_a_bucket_of_unlike_documents_takes_bounded_time():
+    compared = []
+    dedup.join_similar(list(range(50)), dedup.Clusters(50), lambda i, j: bool(compared.append((i, j))), most=10)
+    assert len(compared) == len(set(compared)) == sum(min(i, 10) for i in range(50))
 
 
 def test_bands_that_do_not_fit_and_other_settings_are_refused():

@@ -24,7 +24,8 @@ def duplicate_spans(tokens, min_length: int, ends: np.ndarray | None = None) -> 
     each repeated passage. (All of a span need not stand in one place earlier.)
 
     ends: where documents end, ascending; a window that reaches over an end counts neither way.
-    In memory: 10 to 11 bytes a token beside the tokens; up to 20 where most of a text is one token repeated. Tokens are integers in [0, 2^32 - 2].
+    Tokens are integers in [0, 2^32 - 2]. In memory: 10 to 11 bytes a token beside the tokens; more where a
+    large part of the text is one window again and again (36 for one token throughout).
     """
     tokens = np.asarray(tokens)
     if min_length < 1:

@@ -3,6 +3,9 @@
     python dedup.py                                 # the source of Python's own standard library, offline
     python dedup.py --input poems.jsonl --show 5    # any {"text": …} lines; shows five near-duplicates
 
+With no arguments, of 31.5 MB: 46 equal documents, 23 near-duplicates (0.4 MB), and 2.2 MB of passages, in 17 s
+on one core (Python 3.11).
+
 A crawl holds much of its text several times, and a model that reads it so often learns it by heart instead
 of the language (Lee et al. 2022, https://arxiv.org/abs/2107.06499). From coarse to fine:
 
@@ -532,6 +535,7 @@ def main():
     sizes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
     print(f"{len(texts):,} documents, {sizes.sum():,} bytes")
     print(curve_line(settings.num_hashes, settings.bands))
+    print(f"in memory for near-duplicates: {8 * settings.bands + 8} bytes a document")
     numbers = np.arange(len(texts))
 
     def report(name, dropped, began):

@@ -3,8 +3,8 @@
     python dedup.py                                 # the source of Python's own standard library, offline
     python dedup.py --input poems.jsonl --show 5    # any {"text": …} lines; shows five near-duplicates
 
-With no arguments, of 31.5 MB: 46 equal documents, 23 near-duplicates (0.4 MB), and 2.2 MB of passages, in 17 s
-on one core (Python 3.11).
+With no arguments it finds, in 31.5 MB, 46 equal documents, 23 near-duplicates (0.4 MB), and 2.2 MB of
+passages, in 17 s on one core (Python 3.11).
 
 A crawl holds much of its text several times, and a model that reads it so often learns it by heart instead
 of the language (Lee et al. 2022, https://arxiv.org/abs/2107.06499). From coarse to fine:
@@ -227,7 +227,7 @@ def distinct(values: np.ndarray) -> np.ndarray:
 def buckets(keys: np.ndarray, roots: np.ndarray) -> list[np.ndarray]:
     """Who shares a key: ascending indices a bucket, only of buckets in which there is something to join."""
     order = np.argsort(keys, kind="stable")
-    order = order[np.searchsorted(keys, 1, sorter=order):]  # key 0: no n-grams
+    order = order[np.searchsorted(keys, np.uint64(1), sorter=order):]  # key 0: no n-grams
     keys, roots = keys[order], roots[order]
     new = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     firsts = np.concatenate([[0], new, [len(keys)]])

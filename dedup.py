@@ -236,29 +236,30 @@ def buckets(keys: np.ndarray, roots: np.ndarray) -> list[np.ndarray]:
     return [order[firsts[i]:firsts[i + 1]] for i in wanted]
 
 
-def join_similar(bucket: list[int], clusters: Clusters, similar: Callable, most: int = 1000):
+def join_similar(bucket: list[int], clusters: Clusters, similar: Callable, most: int = 200):
     """Join the documents of a bucket that are similar.
 
     A document that is in a cluster already, or similar to one of it, is not compared with the rest of it: a
     bucket of m copies takes m comparisons. Of m documents that are all different it would take m^2 / 2; so a
     document is compared with `most` others at most, which only huge buckets of unlike documents feel.
     """
-    groups = []  # the documents of this bucket so far, a list a cluster
+    groups = {}  # root of a cluster -> its documents in this bucket, of those seen so far
     for i in bucket:
-        left, matching, others = most, [], []
-        for group in groups:
-            found = clusters.find(group[0]) == clusters.find(i)
-            if not found:
-                found = any(similar(j, i) for j in islice(group, left))
-                left = max(0, left - len(group))
-            (matching if found else others).append(group)
-        for group in matching:
-            clusters.join(i, group[0])
-            if group is not matching[0]:
-                matching[0].extend(group)
-        if matching:
-            matching[0].append(i)
-        groups = [*others, *(matching[:1] or [[i]])]
+        own, left, matching = clusters.find(i), most, []
+        for root, group in islice(groups.items(), most):
+            if root != own and left > 0:
+                if any(similar(j, i) for j in islice(group, left)):
+                    matching.append(root)
+                left -= len(group)
+        parts = [groups.pop(root) for root in (own, *matching) if root in groups]
+        for root in matching:
+            clusters.join(i, root)
+        together = max(parts, key=len, default=[])
+        for part in parts:
+            if part is not together:
+                together.extend(part)
+        together.append(i)
+        groups[clusters.find(i)] = together
 
 
 # ---- 4. Equal documents, equal lines -----------------------------------------------------------------------

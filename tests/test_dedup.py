@@ -260,6 +260,9 @@ def test_a_bucket_of_unlike_documents_takes_bounded_time():
     unlike = lambda i, j: bool(compared.append((i, j)))  # noqa: E731
     dedup.join_similar(list(range(50)), dedup.Clusters(50), unlike, most=10)
     assert len(compared) == len(set(compared)) == sum(min(i, 10) for i in range(50))
+    compared.clear()
+    dedup.join_similar(list(range(50)), dedup.Clusters(50), lambda i, j: unlike(i, j) or True)
+    assert len(compared) == 49, "one of a cluster is enough"
 
 
 def test_bands_that_do_not_fit_and_other_settings_are_refused():

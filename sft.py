@@ -200,9 +200,11 @@ def add_noise(model: Transformer, alpha: float) -> None:
 
 
 def answers(model: Transformer, prompts: Sequence[list[int]], tokenizer: Tokenizer, stop_ids: Sequence[int],
-            max_new_tokens: int = 200, batch_size: int = 32) -> list[tuple[str, bool]]:
+            max_new_tokens: int = 200, repetition_penalty: float = 1.0,
+            batch_size: int = 32) -> list[tuple[str, bool]]:
     """(reply, whether it ended by itself) to each prompt, greedily, of at most max_new_tokens.
 
+    repetition_penalty: as of generate; what a small model finds likeliest is often one phrase for ever.
     Prompts of like length share a batch. One that leaves less room than that is answered alone, or its batch
     would have no more room than it.
     """
@@ -214,7 +216,8 @@ def answers(model: Transformer, prompts: Sequence[list[int]], tokenizer: Tokeniz
     for start, stop in tqdm(list(pairwise(starts)), desc="answer", unit="batch", leave=False, disable=None):
         batch = [prompts[i] for i in order[start:stop]]
         room = min(max_new_tokens, limit - len(batch[-1]))
-        sample = generate(model, batch, room, temperature=0, stop_ids=stop_ids)
+        sample = generate(model, batch, room, temperature=0, stop_ids=stop_ids,
+                          repetition_penalty=repetition_penalty)
         for i, ids, length in zip(order[start:stop], sample.ids.tolist(), sample.lengths.tolist()):
             stopped = ids[length - 1] in stop_ids
             replies[i] = tokenizer.decode(ids[:length - stopped]), stopped
@@ -264,7 +267,7 @@ FEW_SHOT_FORMS = ("{question}\n# {answer}", "Code:\n{question}\nDescription: {an
 
 
 def best_few_shot(model: Transformer, was: ModelConfig, tokenizer: Tokenizer, asked: Sequence[dict],
-                  known: Sequence[dict]) -> str:
+                  known: Sequence[dict], repetition_penalty: float = 1.0) -> str:
     """A line with the F1 of a base model, which can do no more than go on with a list of answered questions.
 
     Form, number of answered questions (of `known`) and config (as it `was`, or as it is) are those that are
@@ -283,7 +286,8 @@ def best_few_shot(model: Transformer, was: ModelConfig, tokenizer: Tokenizer, as
         prompts = [tokenizer.encode(shown + entry(form, one, "").rstrip(" ")) for one in asked]
         new = min(40, config.max_seq_len // 2)
         with configured(model, config):
-            replies = answers(model, [ids[new - config.max_seq_len:] for ids in prompts], tokenizer, (), new)
+            replies = answers(model, [ids[new - config.max_seq_len:] for ids in prompts], tokenizer, (), new,
+                              repetition_penalty)
         first_lines = [(reply.strip().split("\n")[0], stopped) for reply, stopped in replies]
         how = f"{form!r}, {shots} answered before it, in {config.max_seq_len} tokens"
         best = max(best, (score(asked, first_lines)["f1"], how))
@@ -318,7 +322,7 @@ class Settings(Loop, Adapter):
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
     rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = "yarn"  # the rule by which a
         # model reads further than its max_seq_len, where seq_len is longer; none: it shall not
-    epochs: float = 2.5  # how often each conversation is seen
+    epochs: float = 1.5  # how often each conversation is seen
     steps: int | None = None  # updates; none: as many as the epochs take
     seq_len: int = 256  # tokens a window; a longer conversation is dropped, and counted
     batch_size: int = 16  # windows a step
@@ -331,13 +335,15 @@ class Settings(Loop, Adapter):
     loss_on_prompts: bool = False  # learn what the user says, too
     show_mask: int = 0  # first print so many conversations, with what is learnt of them in green
     questions: int = 200  # held-out questions to answer before and after; 0: none
+    repetition_penalty: float = 1.1  # of all those answers (Keskar et al. 2019); 1: none
     few_shot: bool = False  # also score the model as it was, asked in its best few-shot form (minutes)
 
-    free = {"val_share", "on_bad_line", "make_data", "show_mask", "questions", "few_shot"}  # as train.FREE
+    free = {"val_share", "on_bad_line", "make_data", "show_mask", "questions", "repetition_penalty",
+            "few_shot"}  # as train.FREE
 
     def __post_init__(self):
         require(self, epochs=(0.001, 1000), replay_share=(0, 0.99), neftune=(0, 1000), show_mask=(0, None),
-                questions=(0, None), val_share=(0.001, 0.5))
+                questions=(0, None), val_share=(0.001, 0.5), repetition_penalty=(1, 1000))
         self.check_loop()
         self.check_adapter()
         if self.lora_rank and self.train_layers != "all":
@@ -386,9 +392,10 @@ def fine_tune(settings: Settings, env: Env):
             with configured(model, was):
                 before["plain"] = evaluate(model, validation["plain_"], reply_loss, env)["bits_per_byte"]
         if settings.few_shot:
-            env.first(lambda: print(best_few_shot(model, was, tokenizer, asked, conversations["train"])),
+            env.first(lambda: print(best_few_shot(model, was, tokenizer, asked, conversations["train"],
+                                                  settings.repetition_penalty)),
                       patient=True)
-        env.first(lambda: before.update(replies=reply_to(asked, model, tokenizer, template)), patient=True)
+        env.first(lambda: before.update(replies=reply_to(asked, model, tokenizer, settings)), patient=True)
         last = train(model, batches, reply_loss, settings, env, tokenizer, validation,
                      identity(settings, batches) | {"base": base_of(model).get("sha256")})
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)
@@ -536,16 +543,18 @@ def spread(items: Sequence, number: int) -> list:
 
 
 def reply_to(asked: Sequence[dict], model: Transformer, tokenizer: Tokenizer,
-             template: Template) -> list[tuple[str, bool]]:
+             settings: Settings) -> list[tuple[str, bool]]:
     """The model's own last reply in each conversation, and whether it ended by itself."""
+    template = TEMPLATES[settings.template]
     prompts = [render(conversation["messages"][:-1], tokenizer, True, template)[0] for conversation in asked]
-    return answers(model.eval(), prompts, tokenizer, [tokenizer.special_tokens[template.end]])
+    return answers(model.eval(), prompts, tokenizer, [tokenizer.special_tokens[template.end]],
+                   repetition_penalty=settings.repetition_penalty)
 
 
 def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings, env: Env):
     """Print the table of before and after, and a few replies side by side. last: the log's last line."""
     model, tokenizer = open_model(settings.out, env.device)
-    replies = reply_to(asked, model, tokenizer, TEMPLATES[settings.template])
+    replies = reply_to(asked, model, tokenizer, settings)
     rows = [("loss on replies, nats a token", before["loss"], last["val_loss_nats_per_token"])]
     if "plain" in before:
         rows.append(("plain text, bits per byte", before["plain"], last["plain_val_bits_per_byte"]))

@@ -30,7 +30,7 @@ DESCRIBE = ("What does this function do?\n\n{code}", "Describe this function in 
 WRITE = ("Write the body of this function.\n\n{code}", "Complete this function.\n\n{code}",
          "Implement this function:\n\n{code}", "Write the code that this docstring describes.\n\n{code}",
          "Here is how a function begins. How does it go on?\n\n{code}")
-MAX_CHARS = 300  # of question and answer together: longer bodies the main job's model begins, and never ends
+MAX_CHARS = 400  # of question and answer together: longer bodies the main job's model begins, and never ends
 MAX_REPEATS = 5  # of an answer: dozens of functions are described by no more than "Internal function."
 
 

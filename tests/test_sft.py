@@ -395,10 +395,19 @@ def test_answers_are_those_to_each_prompt_alone_and_end_before_the_end_token():
     assert answers(model, [], TOKENIZER, [0]) == []
 
 
+def test_answers_can_be_kept_from_repeating_themselves_as_generate_can():
+    model, prompt = model_for(max_seq_len=32), [5]
+    plain, varied = (generate(model, [prompt], 12, temperature=0, repetition_penalty=penalty).ids[0].tolist()
+                     for penalty in (1.0, 1e3))
+    assert plain != varied and len(set(varied)) == 12, "with such a penalty nothing comes twice"
+    assert answers(model, [prompt], TOKENIZER, [], 12, 1e3) == [(TOKENIZER.decode(varied), False)]
+
+
 def test_the_best_few_shot_prompt_is_found_and_told(monkeypatch):
     model, seen = model_for(), []
 
-    def knows(model, prompts, tokenizer, stop_ids, max_new_tokens):
+    def knows(model, prompts, tokenizer, stop_ids, max_new_tokens, repetition_penalty):
+        assert repetition_penalty == 1.5, "the base answers as the trained model does"
         seen.append([tokenizer.decode(prompt) for prompt in prompts])
         right = "Description:" in seen[-1][0] and seen[-1][0].count("Code:") == 2
         return [("it halves\nand more" if right else "no", False)] * len(prompts)
@@ -407,7 +416,7 @@ def test_the_best_few_shot_prompt_is_found_and_told(monkeypatch):
     asked = [{**talk("question", "It halves."), "code": "def f"},
              {**talk("?", "x"), "task": "write", "code": "g"}]
     was, known = replace(model.config, max_seq_len=64), [talk("k", "shown")] * 99
-    said = sft.best_few_shot(model, was, TOKENIZER, asked, known)
+    said = sft.best_few_shot(model, was, TOKENIZER, asked, known, 1.5)
     assert "1.0000" in said and "Description" in said and "1 answered before it" in said
     assert all(len(prompts) == 1 for prompts in seen), "bodies of functions are not asked for"
     assert len(seen) == 2 * 4 * 3, "as the model was, and as it is; four forms; three numbers of shots"
@@ -488,7 +497,7 @@ def test_a_tiny_model_learns_a_conversation_by_heart_answers_it_and_stops(base, 
     assert table["replies, exact matches of words"] == ["0.0000", "1.0000"]
     model, tokenizer = load_model(tmp_path / "run")
     asked = [learnt, {"messages": learnt["messages"][:2]}]
-    assert sft.reply_to(asked, model, tokenizer, CHATML) == [("Madrid", True), ("Paris it is", True)], \
+    assert sft.reply_to(asked, model, tokenizer, sft.Settings()) == [("Madrid", True), ("Paris it is", True)], \
         "every reply of a conversation is learnt"
 
 

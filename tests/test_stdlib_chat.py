@@ -173,7 +173,7 @@ def test_thousands_of_pairs_and_held_out_ones_from_held_out_modules(library):
     for split, found in conversations.items():
         assert {sources[conversation["source"]] for conversation in found} == {split}
         tasks = Counter(conversation["task"] for conversation in found)
-        assert min(tasks["describe"], tasks["write"]) > {"train": 2000, "val": 40}[split]
+        assert min(tasks["describe"], tasks["write"]) > {"train": 2500, "val": 40}[split]
         assert max(sum(len(message["content"]) for message in conversation["messages"])
                    for conversation in found) <= stdlib_chat.MAX_CHARS
     codes = Counter(conversation["code"] for found in conversations.values() for conversation in found)

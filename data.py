@@ -45,7 +45,7 @@ from documents import (Rejected, accepted, content_suffix, digest, find_files,  
                        parse_json, read_documents, read_files, standard_library, stored_documents, to_line,
                        write_documents)
 from mixture import Replay  # noqa: F401
-from pipeline import Cleaning, Tally, is_table, run_passes, rules  # noqa: F401
+from pipeline import Cleaning, Tally, clean, is_table, kept_documents, rules, run_passes  # noqa: F401
 from privacy import redact_pii  # noqa: F401
 from quality import quality_problems  # noqa: F401
 from work import Work, fingerprint, place
@@ -80,9 +80,9 @@ def prepare(settings: Settings) -> dict | None:
     tokenizer = load_tokenizer(Path(settings.tokenizer)) if settings.tokenizer else None
     workers = settings.workers or max(1, bpe.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     say(f"worker processes: {workers}; {rules(settings)}")
-    shards = input_shards(settings)
-    keys = [fingerprint(steps_key(settings), shard) for shard in shards]
-    with whole_folder(Path(settings.out), settings.overwrite, rank, keep=len(shards) > 1) as folder:
+    with whole_folder(Path(settings.out), settings.overwrite, rank) as folder:
+        shards = input_shards(settings)
+        keys = [fingerprint(steps_key(settings), shard) for shard in shards]
         work = Work(folder / "work", fingerprint(keys), rank, world_size)
         begin(work, shards)
         last, tally = run_passes(settings, work, len(shards), lambda *place: read_shard(settings, shards, *place),
@@ -139,13 +139,20 @@ def begin(work: Work, shards: list) -> None:
             time.sleep(0.05)
         return
     work.folder.mkdir(exist_ok=True)
-    path = work.path("inputs", None, "json")
-    for name in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
+    for name in sum(unfinished(work.folder.parent), []):
         if not Path(name).is_file():
             raise UserError(f"{name}, which the unfinished run in {work.folder.parent} has read, is missing; put "
                             f"it back, or delete {work.folder.parent} to do without it")
-    with config.open_whole(path, "w") as file:
-        json.dump([name for shard in shards for name, *_ in shard], file)
+    with config.open_whole(work.path("inputs", None, "json"), "w") as file:
+        json.dump([[name for name, *_ in shard] for shard in shards], file)
+
+
+def unfinished(folder: Path) -> list[list[str]]:
+    """The files of each shard that the unfinished run in a folder reads; [] where there is none."""
+    try:
+        return json.loads((folder / "work" / "inputs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
 
 
 def read_shard(settings: Settings, shards: list, unit: int, tally: Tally) -> Iterator[dict]:
@@ -155,11 +162,6 @@ def read_shard(settings: Settings, shards: list, unit: int, tally: Tally) -> Ite
     files = ((Path(path), source) for path, source, *_ in shards[unit])
     for document in accepted(read_files(files, most=settings.most_bytes), on_bad_line, tally.rejected):
         yield document | {"text": clean(document["text"])}
-
-
-def clean(text: str) -> str:
-    """Return the text with \\n for every newline and without a byte-order mark; all else stays as it was."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 # ---- 2. Splitting ------------------------------------------------------------------------------------------
@@ -395,11 +397,11 @@ OUTPUTS = {"train.jsonl", "val.jsonl", "tokenizer.json", "train.bin", "val.bin",
 
 
 @contextmanager
-def whole_folder(out: Path, overwrite: bool, rank: int = 0, keep: bool = False) -> Iterator[Path]:
+def whole_folder(out: Path, overwrite: bool, rank: int = 0) -> Iterator[Path]:
     """Yield the folder `out`.tmp to write into; it becomes `out` if all goes well, and is removed if not.
 
-    keep: leave it, where it holds finished work, for the next run to go on from. Of several processes only the
-    first (rank 0) makes, renames or removes it. Raises UserError if `out` exists (without overwrite), or holds
+    Unless there are several shards in work: these stay, for the next run to go on from. Of several processes
+    only the first (rank 0) makes, renames or removes the folder. Raises UserError if `out` exists (without overwrite), or holds
     a file that this program did not write.
     """
     out = out.resolve()
@@ -412,8 +414,7 @@ def whole_folder(out: Path, overwrite: bool, rank: int = 0, keep: bool = False) 
     fresh, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old.tmp")
     if old.exists() and not out.exists():
         old.rename(out)  # an earlier run was killed between the two renames below
-    unfinished = (fresh / "work" / "inputs.json").is_file()
-    for leftover in (old,) if unfinished else (fresh, old):
+    for leftover in (old,) if unfinished(fresh) else (fresh, old):
         remove_own(leftover)
     fresh.mkdir(parents=True, exist_ok=True)
     try:
@@ -423,7 +424,7 @@ def whole_folder(out: Path, overwrite: bool, rank: int = 0, keep: bool = False) 
         fresh.rename(out)
         config.sync_folder(out.parent)
     except BaseException:
-        if keep and (fresh / "work").is_dir():
+        if len(unfinished(fresh)) > 1:
             print(f"finished shards are kept in {fresh}; the same command goes on from there")
         else:
             shutil.rmtree(fresh, ignore_errors=True)

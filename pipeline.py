@@ -146,6 +146,22 @@ def judge_table(document: dict) -> Verdict | None:
     return None
 
 
+def clean(text: str) -> str:
+    """Return the text with \n for every newline and without a byte-order mark; all else stays as it was."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def kept_documents(documents: Iterable[dict]) -> Iterator[dict]:
+    """Yield those that the steps which are always there keep, cleaned: a short corpus, without shards and files."""
+    seen = set()
+    for document in documents:
+        document = document | {"text": clean(document["text"])}
+        if not judge_empty(document) and not judge_table(document):
+            if (value := digest(document["text"])) not in seen:
+                seen.add(value)
+                yield document
+
+
 def quality_step(settings: Cleaning) -> Step:
     tables = {name: adjusted(table, settings.rules if name == settings.quality else ())
               for name, table in TABLES.items()}
@@ -291,7 +307,6 @@ def take(steps: list[Step], documents: list[dict], places: list[int], tally: Tal
     """The documents that all steps keep, as they leave them."""
     for step in steps:
         began, kept, kept_places = time.perf_counter(), [], []
-        tally.step(step.name)
         for document, at, verdict in zip(documents, places, step.judge(documents, places), strict=True):
             if verdict is not None:
                 left = 0 if verdict.text is None else num_bytes(verdict.text)
@@ -400,6 +415,8 @@ def run_pass(one: Pass, work: Work, unit: int, steps: list[Step], documents: Cal
              ) -> dict:
     """Take a unit through the steps of a pass: <pass>.<unit>.jsonl, and .keys for the next decision."""
     tally, at, left = Tally(), 0, 0
+    for step in steps:
+        tally.step(step.name)  # so that the report has a line for it, whatever it finds
     with (config.open_whole(work.path(one.name, unit, "jsonl"), "w") as out,
           config.open_whole(work.path(one.name, unit, "keys")) as keys_out):
         for chunk in chunks(documents(unit, tally)):

@@ -3,26 +3,27 @@
     python dedup.py                                      # the source of Python's own standard library, offline
     python dedup.py --input poems.jsonl --show 5         # any {"text": …} lines; shows five near-duplicates
 
-A crawl holds most of its text several times. A model that reads it several times learns it by heart instead
+A crawl holds much of its text several times, and a model that reads it so often learns it by heart instead
 of the language (Lee et al. 2022, https://arxiv.org/abs/2107.06499). From coarse to fine:
 
-    exact_duplicates        equal documents                                     a digest a document
-    without_repeated_lines  lines or sentences of earlier documents             a digest a line
-    near_duplicates         documents of almost the same n-grams                MinHash, LSH, union-find
-    duplicate_spans         passages of `min_length` tokens, wherever           a suffix array
-    contaminated            n-grams of a benchmark (that is to be measured on)  a table of its n-grams
+    exact_duplicates        equal documents                              a digest a document
+    without_repeated_lines  lines or sentences of earlier documents      a digest a line
+    near_duplicates         documents of almost the same n-grams         MinHash, LSH, union-find
+    duplicate_spans         passages of `min_length` tokens, wherever    a suffix array (suffixes.py)
+    contaminated            what stands in a benchmark                   a table of its n-grams
 
-Two documents are near-duplicates if of all the n-grams that they have, a share of `threshold` is in both: their
+Two documents are near-duplicates if of all n-grams that they have a share of `threshold` is in both: their
 Jaccard similarity. `near_duplicates_plain` compares all pairs, which no crawl allows. MinHash (Broder 1997)
-shortens a document to a few numbers that agree as often as the documents do; locality-sensitive hashing (Indyk
-and Motwani 1998; Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3) finds the pairs that agree
-without looking at the others. What it finds is then compared exactly, so nothing is dropped by chance.
+shortens a document to a few numbers that agree as often as the documents do; locality-sensitive hashing
+(Indyk and Motwani 1998; Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3) finds those that
+agree without looking at the others. What it finds is compared exactly, so nothing is dropped by chance.
 
     >>> texts = ["the cat sat on the mat by the door", "something else altogether, quite another story",
     ...          "The cat sat on the mat, by the door!"]
     >>> near_duplicates(texts).tolist()
     [0, 1, 0]
 """
+import bisect
 import functools
 import hashlib
 import json
@@ -31,6 +32,7 @@ import sysconfig
 import time
 import unicodedata
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -38,57 +40,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 from config import UserError
+from ngrams import WORD, WordHashes, blocks_of_shingles, blocks_of_words, jaccard, mix, windows, words_of
+from ngrams import MULTIPLIER
+from suffixes import duplicate_spans, without_repeated_spans
 
-# ---- 1. The lesson: n-grams, Jaccard, all pairs ------------------------------------------------------------
+__all__ = ["minhash", "near_duplicates", "duplicate_spans", "contaminated"]
 
-# Scripts that put no space between words: kana, Han, Thai, Lao, Burmese, Khmer. Each character is a word.
-SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-WORD = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
-ASCII_WORDS = {code: chr(code).lower() if WORD.match(chr(code)) else " " for code in range(128)}
-
-
-def words_of(text: str) -> list[str]:
-    """The words in lower case, without spaces and signs: what WORD matches.
-
-    >>> words_of("The mat, 春眠不覺曉 (No. 1)")
-    ['the', 'mat', '春', '眠', '不', '覺', '曉', 'no', '1']
-    """
-    if text.isascii():
-        return text.translate(ASCII_WORDS).split()  # the same, several times as fast
-    return " ".join(WORD.findall(text)).lower().split()
-
-
-def words_to_compare(text: str, ngram: int) -> list[str]:
-    """The words, or what stands for them where there are fewer than an n-gram has: one shingle, the text.
-
-    So short documents are equal only if they are equal (but for white space), "3 + 4" is not "3 - 4", and a
-    document of signs is one too. Nothing but white space has no shingle, and is like no other document.
-    """
-    words = words_of(text)
-    if len(words) < ngram:
-        whole = " ".join(text.split())
-        words = ["\n" + whole] * ngram if whole else []  # "\n": no word of a longer text is the same
-    return words
-
-
-def ngrams(text: str, ngram: int = 5) -> set[tuple[str, ...]]:
-    """The set of a document's n-grams."""
-    words = words_to_compare(text, ngram)
-    return set(zip(*(words[i:] for i in range(ngram))))
-
-
-def jaccard(one: str, other: str, ngram: int = 5) -> float:
-    """The share of the n-grams of both that each has, in [0, 1]; 0 where there are none.
-
-    >>> jaccard("a b c d", "b c d e", ngram=2)          # ab bc cd; bc cd de
-    0.5
-    """
-    a, b = ngrams(one, ngram), ngrams(other, ngram)
-    return len(a & b) / len(a | b) if a or b else 0.0
+# ---- 1. The lesson: all pairs, joined ----------------------------------------------------------------------
 
 
 def near_duplicates_plain(texts: list[str], threshold: float = 0.8, ngram: int = 5) -> np.ndarray:
@@ -124,87 +85,16 @@ class Clusters:
         return roots
 
 
-# ---- 2. From text to numbers -------------------------------------------------------------------------------
-
-BLOCK = 2 ** 14  # words that are worked on at once: the arrays stay in the processor's cache
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: 2^64 by the golden ratio, as Knuth proposes for hashing
-
-
-class WordHashes(dict):
-    """word -> 64 bits: BLAKE2b of its UTF-8, keyed with the seed; kept, as most words come again.
-
-    Never Python's hash(): it differs between processes.
-    """
-    def __init__(self, seed: int):
-        self.key = seed.to_bytes(8, "little")
-
-    def __missing__(self, word: str) -> int:
-        content = word.encode("utf-8", "surrogatepass")
-        value = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=self.key).digest(), "little")
-        if len(self) >= 2 ** 19:  # some 70 MB
-            self.clear()
-        if len(word) <= 64:
-            self[word] = value
-        return value
-
-
-def blocks_of_words(texts: Iterable[str], words_in: Callable, hashes: WordHashes) -> Iterator[tuple]:
-    """Yield (hashes (W,) uint64 of the words of a few texts in a row, counts (texts,) of the words of each)."""
-    if isinstance(texts, str):
-        raise UserError("texts is one str; pass a list of them")
-    words, counts = [], []
-
-    def block():
-        return (np.fromiter(map(hashes.__getitem__, words), np.uint64, len(words)),
-                np.array(counts, np.int64))
-
-    for text in texts:
-        found = words_in(text)
-        words += found
-        counts.append(len(found))
-        if len(words) >= BLOCK or len(counts) >= BLOCK:
-            yield block()
-            words, counts = [], []
-    yield block()
-
-
-def windows(hashes: np.ndarray, length: int) -> np.ndarray:
-    """A hash of each `length` words in a row: sum of word * MULTIPLIER^place, modulo 2^64, then mixed."""
-    number = max(0, len(hashes) - length + 1)
-    combined = hashes[:number].copy()
-    for place in range(1, length):
-        combined *= MULTIPLIER  # arrays of uint64 wrap around, which is the modulo; numpy scalars would warn
-        combined += hashes[place:place + number]
-    return mix(combined)
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """Spread every bit over the upper half (a step of SplitMix64), in place; a bijection."""
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    return values
-
-
-def blocks_of_shingles(texts: Iterable[str], ngram: int, hashes: WordHashes) -> Iterator[tuple]:
-    """Yield (hashes (S,) uint64 of all n-grams of a few texts, counts (texts,) of those of each)."""
-    for words, counts in blocks_of_words(texts, lambda text: words_to_compare(text, ngram), hashes):
-        inside = np.ones(len(words), bool)  # False where an n-gram would reach into the next text
-        for back in range(1, ngram):
-            inside[np.cumsum(counts[counts > 0]) - back] = False
-        shingles = windows(words, ngram)
-        yield shingles[inside[:len(shingles)]], np.maximum(counts - (ngram - 1), 0)
-
-
-# ---- 3. MinHash --------------------------------------------------------------------------------------------
+# ---- 2. MinHash --------------------------------------------------------------------------------------------
 
 
 def minhash(texts: Iterable[str], num_hashes: int = 112, ngram: int = 5, seed: int = 0) -> np.ndarray:
     """(N, num_hashes) uint32: for each document and hash function, the smallest hash of its n-grams.
 
-    The smallest of the union of two sets is as likely to be any of its elements as any other. It is smallest in
-    both sets if it is in both: the chance that two documents agree in a column is their Jaccard similarity s.
-    The share of k columns in which they agree estimates s with a standard error of sqrt(s(1-s)/k).
+    The smallest hash of two sets together belongs to any of their elements with equal chance. If that one is
+    in both sets, it is the smallest of both: so the chance that two documents agree in a column is their
+    Jaccard similarity s, and the share of k columns in which they agree estimates s, with a standard error of
+    sqrt(s (1 - s) / k).
 
     Function i is a_i x + b_i modulo 2^32 of the n-gram's 32 bits x, a_i odd: a bijection, so no two n-grams tie.
     (x is random already, by BLAKE2b: a line through random points is enough.) All follows from `seed`. A
@@ -217,9 +107,11 @@ def minhash(texts: Iterable[str], num_hashes: int = 112, ngram: int = 5, seed: i
 
 
 def hash_functions(num_hashes: int, seed: int) -> np.ndarray:
-    random = np.random.Generator(np.random.PCG64(seed)).integers(2 ** 32, size=(2, num_hashes), dtype=np.uint32)
-    random[0] |= np.uint32(1)
-    return random
+    """(2, num_hashes) uint32: the factors a_i, odd, and the offsets b_i."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    functions = generator.integers(2 ** 32, size=(2, num_hashes), dtype=np.uint32)
+    functions[0] |= np.uint32(1)
+    return functions
 
 
 def smallest(hashes, counts, factors, offsets) -> np.ndarray:
@@ -236,7 +128,7 @@ def smallest(hashes, counts, factors, offsets) -> np.ndarray:
     return signatures.T
 
 
-# ---- 4. Locality-sensitive hashing -------------------------------------------------------------------------
+# ---- 3. Locality-sensitive hashing -------------------------------------------------------------------------
 
 
 def candidate_chance(similarity, num_hashes: int = 112, bands: int = 14):
@@ -280,7 +172,7 @@ def check(num_hashes: int, bands: int, ngram: int, threshold: float = 1.0):
     if ngram < 1:
         raise UserError(f"ngram {ngram} is out of range; it must be at least 1 word")
     if not 0 < threshold <= 1:
-        raise UserError(f"threshold {threshold} is out of range; a Jaccard similarity over 0, at most 1, is meant")
+        raise UserError(f"threshold {threshold} is out of range; a Jaccard similarity over 0, up to 1, is meant")
     if not 1 <= bands <= num_hashes or num_hashes % bands:
         raise UserError(f"num_hashes {num_hashes} cannot be cut into {bands} bands of equal size; "
                         f"pass a multiple, such as --num_hashes {max(1, num_hashes // max(bands, 1)) * bands}")
@@ -345,9 +237,9 @@ def buckets(keys: np.ndarray, roots: np.ndarray) -> list[np.ndarray]:
 def join_similar(bucket: list[int], clusters: Clusters, similar: Callable, most: int = 1000):
     """Join the documents of a bucket that are similar.
 
-    A document that is in a cluster already, or has been found similar to one of it, is not compared with the rest of it:
-    a bucket of m copies takes m comparisons. Of m documents that are all different it would take m^2 / 2;
-    so a document is compared with `most` others at most, which only huge buckets of unlike documents feel.
+    A document that is in a cluster already, or similar to one of it, is not compared with the rest of it: a
+    bucket of m copies takes m comparisons. Of m documents that are all different it would take m^2 / 2; so a
+    document is compared with `most` others at most, which only huge buckets of unlike documents feel.
     """
     groups = []  # the documents of this bucket so far, a list a cluster
     for i in bucket:
@@ -367,7 +259,7 @@ def join_similar(bucket: list[int], clusters: Clusters, similar: Callable, most:
         groups = [*others, *(matching[:1] or [[i]])]
 
 
-# ---- 5. Equal documents, equal lines -----------------------------------------------------------------------
+# ---- 4. Equal documents, equal lines -----------------------------------------------------------------------
 
 
 def exact_duplicates(texts: Iterable[str]) -> np.ndarray:
@@ -375,7 +267,7 @@ def exact_duplicates(texts: Iterable[str]) -> np.ndarray:
 
     Compared are 128 bits of BLAKE2b; 16 bytes a document, and as much again while they are sorted.
     """
-    digests = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
+    digests = b"".join(digest(text, 16) for text in texts)
     high, low = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
     order = np.lexsort((low, high))  # stable: the first of equal ones comes first
     new = np.ones(len(order), bool)
@@ -383,6 +275,10 @@ def exact_duplicates(texts: Iterable[str]) -> np.ndarray:
     first = np.empty(len(order), np.int64)
     first[order] = order[new][np.cumsum(new) - 1]
     return first
+
+
+def digest(text: str, size: int) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
 SENTENCE = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？\n])")  # behind the end of one; joined again, all is there
@@ -393,10 +289,10 @@ def without_repeated_lines(texts: Iterable[str], unit: str = "line", normalise: 
                            min_length: int = 1) -> Iterator[str]:
     """Yield each text without the lines ("line") or sentences ("sentence") that stood in an earlier document.
 
-    What a document repeats within itself stays: a refrain, a `return None`. Lines are compared without the white
-    space around them; with normalise as CCNet does (Wenzek et al. 2020, https://arxiv.org/abs/1911.00359): in lower
-    case, digits as 0, without accents and punctuation. What has fewer than min_length characters then, or
-    none, always stays.
+    What a document repeats within itself stays: a refrain, a `return None`. Lines are compared without the
+    white space around them; with normalise as CCNet does (Wenzek et al. 2020,
+    https://arxiv.org/abs/1911.00359): in lower case, digits as 0, without accents and punctuation. What has
+    fewer than min_length characters then, or none, always stays.
 
     `texts` is read twice, so not a generator. 64 bits of BLAKE2b a line: in memory some 30 bytes a line.
     """
@@ -438,7 +334,7 @@ def line_key(piece: str, normalise: bool, min_length: int) -> int:
     line = normalised(piece) if normalise else piece.strip()
     if len(line) < max(1, min_length):
         return 0
-    return int.from_bytes(hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(digest(line, 8), "little")
 
 
 class Normalised(dict):
@@ -460,238 +356,210 @@ def normalised(line: str) -> str:
     return unicodedata.normalize("NFD", line.lower()).translate(NORMALISED).strip()
 
 
-# ---- 6. Passages: a suffix array ---------------------------------------------------------------------------
+# ---- 5. Decontamination ------------------------------------------------------------------------------------
 
-PIECE = 2 ** 17  # places of the suffix array that are worked on at once: what bounds the memory beside it
+SHORTEST = 8  # words: a shorter benchmark item ("What is the capital of France?") stands in texts by chance
 
 
-def duplicate_spans(tokens, min_length: int, ends: np.ndarray | None = None) -> np.ndarray:
-    """(N, 2) int64: spans [start, end), in order and apart, of tokens that stand earlier too.
+class Overlap(NamedTuple):
+    """What a document shares with an item of a benchmark."""
+    benchmark: str  # its name
+    item: int       # the item's number in it, from 0
+    start: int      # characters [start, end) of the document
+    end: int
+    words: str      # the shared words
 
-    A token is in a span if it is in a window of `min_length` tokens which is found at an earlier place too (that
-    may overlap). Windows that overlap or touch are one span: cutting all spans leaves the first place of each
-    repeated passage. (All of a span need not stand in one place earlier.)
 
-    ends: where documents end, ascending; a window that reaches over an end counts neither way.
-    In memory: 10 to 11 bytes a token beside the tokens. Tokens are integers in [0, 2^32 - 2].
+def contaminated(texts: Iterable[str], benchmark: Iterable[str], ngram: int = 13) -> np.ndarray:
+    """(N,) bool: which texts share `ngram` words in a row with an item of the benchmark; see contamination."""
+    found = contamination(texts, {"benchmark": benchmark}, ngram)
+    return np.fromiter((bool(overlaps) for overlaps in found), bool)
+
+
+def contamination(texts: Iterable[str], benchmarks: dict[str, Iterable[str]], ngram: int = 13
+                  ) -> Iterator[list[Overlap]]:
+    """For each text, where it shares `ngram` words in a row with an item of a benchmark, in order.
+
+    13 words, in lower case and without signs, are GPT-3's rule (Brown et al. 2020, appendix C); an item of 8
+    to 12 words is looked for as a whole; a shorter one never counts. Where the same words stand in several
+    items, the first is named. `suffixes.cut(text, [overlap[2:4] for overlap in overlaps])` leaves the
+    document without them.
+
+    benchmarks: name -> texts of its items. In memory: 24 bytes an n-gram of the benchmarks, and their words.
+    Raises UserError for a benchmark in which no item is long enough.
     """
-    tokens = np.asarray(tokens)
-    if min_length < 1:
-        raise UserError(f"min_length {min_length} is out of range; it must be at least 1 token")
-    if len(tokens) <= min_length:
-        return np.empty((0, 2), np.int64)
-    order, new = suffix_array(tokens, min_length)
-    crossing = np.zeros(len(tokens), bool)
-    for end in () if ends is None else ends:
-        crossing[max(0, end - min_length + 1):end] = True
-    repeated = np.zeros(len(tokens), bool)  # True where a window begins that stands earlier too
-    for low, high, active in unsorted_pieces(new):
-        places = order[low:high][active]
-        alike = new[low:high][active]
-        inside = ~crossing[places]
-        groups = (np.cumsum(alike) - 1)[inside]
-        places = places[inside]
-        if len(places):
-            repeated[places] = True
-            starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]]))
-            repeated[np.minimum.reduceat(places, starts)] = False  # the first place stays
-    del order, new, crossing
-    starts = np.flatnonzero(repeated)
-    apart = np.concatenate([[True], np.diff(starts) > min_length])[:len(starts)]
-    last = np.concatenate([apart[1:], [True]])[:len(starts)]
-    return np.stack([starts[apart], starts[last] + min_length], axis=1)
+    if ngram < 1:
+        raise UserError(f"ngram {ngram} is out of range; it must be at least 1 word")
+    items = [(name, number, words_of(text)) for name, benchmark in benchmarks.items()
+             for number, text in enumerate(benchmark)]
+    for name in benchmarks:
+        if not any(len(words) >= min(SHORTEST, ngram) for owner, _, words in items if owner == name):
+            raise UserError(f"{name}: no item of at least {min(SHORTEST, ngram)} words, so nothing could be "
+                            f"found in it; is this the file that was meant?")
+    return look_up(texts, items, ngram)
 
 
-def duplicate_spans_plain(tokens: list[int], min_length: int) -> list[tuple[int, int]]:
-    """What duplicate_spans must equal: every window is looked up among all before it."""
-    seen, covered = set(), set()
-    for start in range(len(tokens) - min_length + 1):
-        window = tuple(tokens[start:start + min_length])
-        if window in seen:
-            covered.update(range(start, start + min_length))
-        seen.add(window)
-    starts = sorted(i for i in covered if i - 1 not in covered)
-    ends = sorted(i + 1 for i in covered if i + 1 not in covered)
-    return list(zip(starts, ends))
+def look_up(texts: Iterable[str], items: list[tuple], ngram: int) -> Iterator[list[Overlap]]:
+    hashes, held = WordHashes(0), deque()  # the texts of a block, until their words have been looked up
+    table = benchmark_table(items, ngram, hashes)
+    passed_on = (held.append(text) or text for text in texts)
+    for words, counts in blocks_of_words(passed_on, words_of, hashes):
+        ends = np.cumsum(counts)
+        found = [[] for _ in counts]
+        for length, (keys, owners, places) in table.items():
+            looked_up = windows(words, length)
+            at = np.minimum(np.searchsorted(keys, looked_up), len(keys) - 1)
+            for hit in np.flatnonzero(keys[at] == looked_up):
+                document = int(np.searchsorted(ends, hit, side="right"))
+                first = int(hit - ends[document] + counts[document])
+                found[document].append((int(owners[at[hit]]), int(places[at[hit]]), first, length))
+        for hits in found:
+            text = held.popleft()
+            yield overlaps(text, hits, items) if hits else []
 
 
-def suffix_array(tokens: np.ndarray, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(order (N,) uint32, new (N,) bool): all suffixes, sorted, and where one begins that differs from the last.
-
-    Suffixes are compared up to `depth` tokens, those that agree so far stay in no stated order; None: to their ends.
-    The end of the text comes before every token.
-
-    Prefix doubling (Manber and Myers 1993): sorted by their first h tokens, each suffix has a rank; the rank
-    of the suffix h further on says how the next h tokens sort. So each round doubles h. As Larsson and Sadakane
-    (2007) do, only those that still agree with another are sorted again. The last round looks less than h
-    further, to end at `depth` exactly: then neighbours agree in `depth` tokens (their longest common prefix
-    is at least that) just where `new` is False, and no array of prefix lengths need be computed.
-    """
-    ranks, h = packed_prefixes(tokens, depth)
-    order, new = first_order(ranks[:len(tokens)])
-    while (depth is None or h < depth) and not new.all():
-        step = h if depth is None else min(h, depth - h)
-        rank(order, new, ranks)
-        for low, high, active in unsorted_pieces(new):
-            sort_again(order[low:high], new[low:high], active, ranks, step)
-        h += step
-    return order, new
+def benchmark_table(items: list[tuple], ngram: int, hashes: WordHashes) -> dict[int, tuple]:
+    """{length: (keys, items, places)}: the n-grams of all items, sorted, and where each stands first."""
+    found = {}
+    for index, (_, _, words) in enumerate(items):
+        length = min(ngram, len(words))
+        if length >= min(SHORTEST, ngram):
+            keys = windows(np.array([hashes[word] for word in words], np.uint64), length)
+            found.setdefault(length, []).append((keys, np.full(len(keys), index), np.arange(len(keys))))
+    table = {}
+    for length, parts in found.items():
+        keys, owners, places = map(np.concatenate, zip(*parts))
+        keys, first = np.unique(keys, return_index=True)
+        table[length] = (keys, owners[first], places[first])
+    return table
 
 
-def packed_prefixes(tokens: np.ndarray, depth: int | None) -> tuple[np.ndarray, int]:
-    """(keys (N + 1,) uint32, h): the first h tokens of each suffix as digits of a number, h as 32 bits allow."""
-    if len(tokens) >= 2 ** 28:
-        raise UserError(f"{len(tokens):,} tokens are too many for one suffix array; pass at most {2 ** 28:,}, "
-                        f"a shard at a time")
-    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
-    if tokens.dtype.kind not in "ui" or low < 0 or high > 2 ** 32 - 2:
-        raise UserError(f"tokens of {tokens.dtype} from {low} to {high}; integers in [0, 2^32 - 2] are expected")
-    base, h = high + 2, 1  # digit 0: behind the end
-    while base ** (h + 1) <= 2 ** 32 and (depth is None or h < depth):
-        h += 1
-    keys = np.zeros(len(tokens) + 1, np.uint32)
-    for place in range(h):
-        digits = keys[:max(0, len(tokens) - place)]
-        keys *= np.uint32(base % 2 ** 32)  # base = 2^32 only where h = 1, and then keys is 0
-        np.add(digits, tokens[place:], out=digits, casting="unsafe")
-        digits += np.uint32(1)
-    return keys, h
-
-
-def first_order(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, new) by keys: those in a range of values at a time are collected, and sorted with their places."""
-    order, new, at = np.empty(len(keys), np.uint32), np.empty(len(keys), bool), 0
-    for low, high, count in ranges_of_values(keys, max(PIECE, len(keys) // 32)):
-        packed, filled = np.empty(count, np.uint64), 0
-        for start in range(0, len(keys), PIECE):
-            piece = keys[start:start + PIECE]
-            found = np.flatnonzero((piece >= low) & (piece <= high))
-            packed[filled:filled + len(found)] = pack(piece[found], found + start, 32)
-            filled += len(found)
-        sort_packed(packed, order[at:at + count], new[at:at + count])
-        at += count
-    return order, new
-
-
-def pack(keys: np.ndarray, places: np.ndarray, bits: int) -> np.ndarray:
-    """One number of 64 bits for a key and, in the lower bits, a place.
-
-    So plain numbers are sorted: numpy does that several times as fast as it finds an order (argsort), and
-    without 8 bytes more for it.
-    """
-    return (keys.astype(np.uint64) << np.uint64(bits)) | places.astype(np.uint64)
-
-
-def sort_packed(packed: np.ndarray, order: np.ndarray, new: np.ndarray):
-    """Sort keys with 32 bits of place, write the places to `order`, and to `new` where a key begins."""
-    packed.sort()
-    np.bitwise_and(packed, np.uint64(2 ** 32 - 1), out=order, casting="unsafe")
-    packed >>= np.uint64(32)
-    new[0] = True
-    np.not_equal(packed[1:], packed[:-1], out=new[1:])
-
-
-def ranges_of_values(keys: np.ndarray, size: int) -> Iterator[tuple[np.uint32, np.uint32, int]]:
-    """Yield (lowest, highest, count): ranges of values, about `size` of the keys in each, none without any."""
-    if not len(keys):
-        return
-    shift = max(0, int(keys.max()).bit_length() - 18)
-    counts = np.zeros((int(keys.max()) >> shift) + 1, np.int64)
-    for start in range(0, len(keys), PIECE):
-        counts += np.bincount(keys[start:start + PIECE] >> np.uint32(shift), minlength=len(counts))
-    low, count = 0, 0
-    for value in np.flatnonzero(counts).tolist():
-        if count and count + counts[value] > size:
-            yield np.uint32(low << shift), np.uint32((value << shift) - 1), count
-            low, count = value, 0
-        count += int(counts[value])
-    yield np.uint32(low << shift), np.uint32(min(2 ** 32, len(counts) << shift) - 1), count
-
-
-def rank(order: np.ndarray, new: np.ndarray, ranks: np.ndarray):
-    """Write the rank of each suffix: the place in `order` of the first that agrees with it, and 1; 0: the end."""
-    last = 0
-    for start in range(0, len(order), PIECE):
-        places = np.arange(start + 1, min(start + PIECE, len(order)) + 1, dtype=np.uint32)
-        places[~new[start:start + PIECE]] = 0
-        places[0] = places[0] or last
-        np.maximum.accumulate(places, out=places)
-        ranks[order[start:start + PIECE]] = places
-        last = places[-1]
-    ranks[len(order)] = 0
-
-
-def unsorted_pieces(new: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield (low, high, active): pieces of whole groups, and the places in them where two or more still agree.
-
-    A piece has at most PIECE places, or is a single group.
-    """
-    low = 0
-    while low < len(new):
-        high = min(low + PIECE, len(new))
-        if high < len(new) and not new[high]:
-            before = np.flatnonzero(new[low + 1:high])
-            if len(before):
-                high = low + 1 + int(before[-1])
+def overlaps(text: str, hits: list[tuple[int, int, int, int]], items: list[tuple]) -> list[Overlap]:
+    """Hits (item, place in it, place in the text, length) as runs of words, compared word by word."""
+    words, spans = words_of(text), [match.span() for match in WORD.finditer(text)]
+    runs = {}  # item -> [[first word, word behind the last], …]
+    for index, place, first, length in sorted(hits, key=lambda hit: hit[2]):
+        if words[first:first + length] == items[index][2][place:place + length]:  # else: over two documents
+            found = runs.setdefault(index, [])
+            if found and first <= found[-1][1]:
+                found[-1][1] = max(found[-1][1], first + length)
             else:
-                behind = int(new[high:].argmax())
-                high = high + behind if new[high + behind] else len(new)
-        alone = new[low:high].copy()
-        alone[:-1] &= new[low + 1:high]
-        active = np.flatnonzero(~alone)
-        if len(active):
-            yield low, high, active
-        low = high
+                found.append([first, first + length])
+    result = [Overlap(*items[index][:2], spans[first][0], spans[last - 1][1], " ".join(words[first:last]))
+              for index, found in runs.items() for first, last in found]
+    return sorted(result, key=lambda overlap: overlap.start)
 
 
-def sort_again(order: np.ndarray, new: np.ndarray, active: np.ndarray, ranks: np.ndarray, step: int):
-    """Sort the groups of a piece by the ranks `step` further on, in place; mark where they fall apart."""
-    if len(order) > PIECE:  # a single group
-        packed = np.empty(len(order), np.uint64)
-        for start in range(0, len(order), PIECE):
-            places = order[start:start + PIECE]
-            packed[start:start + PIECE] = pack(ranks[places + np.uint32(step)], places, 32)
-        sort_packed(packed, order, new)
-        return
-    places = order[active]
-    groups = np.cumsum(new[active])
-    bits, rank_bits = len(active).bit_length(), len(ranks).bit_length()
-    assert int(groups[-1]).bit_length() + rank_bits + bits <= 64, "PIECE is too large for this many tokens"
-    keys = pack(groups, ranks[places + np.uint32(step)], rank_bits)
-    packed = pack(keys, np.arange(len(active)), bits)
-    packed.sort()
-    order[active] = places[packed & np.uint64(2 ** bits - 1)]
-    packed >>= np.uint64(bits)
-    new[active[1:]] = packed[1:] != packed[:-1]
+def contaminated_plain(texts: list[str], benchmark: list[str], ngram: int = 13) -> list[bool]:
+    """What contaminated must equal, with sets of words."""
+    def grams(words, length):
+        return set(zip(*(words[i:] for i in range(length))))
+
+    result = []
+    for words in map(words_of, texts):
+        lengths = [(item, min(ngram, len(item))) for item in map(words_of, benchmark)]
+        result.append(any(grams(words, length) & grams(item, length)
+                          for item, length in lengths if length >= min(SHORTEST, ngram)))
+    return result
 
 
-def cut(sequence, spans: Iterable[tuple[int, int]]):
-    """The string, bytes or list without the spans [start, end).
+# ---- 6. Plumbing -------------------------------------------------------------------------------------------
 
-    >>> cut("abcdef", [(1, 3), (2, 4)])
-    'aef'
+
+class StoredTexts:
+    """The texts of JSON Lines files, in order: a sequence that keeps 8 bytes a document, and reads the rest.
+
+    Raises UserError, with file and line, for a line without a text.
     """
-    kept, at = sequence[:0], 0
-    for start, end in sorted(spans):
-        kept, at = kept + sequence[at:max(at, start)], max(at, end)
-    return kept + sequence[at:]
+    def __init__(self, paths: Iterable[str | Path]):
+        self.paths, self.offsets, self.firsts = [Path(path) for path in paths], array("q"), [0]
+        for path in self.paths:
+            at = 0
+            with open(path, "rb") as file:
+                for line in file:
+                    if line.strip():
+                        self.offsets.append(at)
+                    at += len(line)
+            self.firsts.append(len(self.offsets))
+        self.opened = (-1, None)  # the number of a file, and the file
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        number = bisect.bisect_right(self.firsts, i) - 1
+        if self.opened[0] != number:
+            self.close()
+            self.opened = (number, open(self.paths[number], "rb"))
+        self.opened[1].seek(self.offsets[i])
+        try:
+            return json.loads(self.opened[1].readline())["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.paths[number]}: document {i - self.firsts[number] + 1} has no text: "
+                            f'{{"text": "…"}} is expected ({type(error).__name__}: {error})') from None
+
+    def close(self):
+        if self.opened[1]:
+            self.opened[1].close()
+        self.opened = (-1, None)
 
 
-def without_repeated_spans(texts: list[str], min_length: int = 200) -> list[str]:
-    """The texts without the passages of `min_length` bytes (UTF-8) that stand in one before, or earlier in it.
+@dataclass
+class Settings:
+    input: tuple[str, ...] = ()  # JSON Lines files; none: the modules of Python's standard library
+    threshold: float = 0.8  # Jaccard similarity from which on documents are near-duplicates
+    num_hashes: int = 112  # of a signature, 4 bytes each while a document is worked on
+    bands: int = 14  # groups of hashes; one that agrees makes a pair a candidate
+    ngram: int = 5  # words (in Chinese, Japanese, Thai … characters) that are compared together
+    min_length: int = 200  # bytes of a passage that counts as repeated
+    show: int = 3  # near-duplicates to show
 
-    A passage is in one text; cut are whole characters. All texts are in memory, and some 12 bytes a byte of text.
-    """
-    contents = [text.encode("utf-8") for text in texts]
-    ends = np.cumsum([len(content) for content in contents])
-    data = np.frombuffer(b"".join(contents), np.uint8)
-    dropped = np.zeros(len(data) + 1, bool)
-    continues = np.append(data & 0xC0 == 0x80, False)  # a byte inside of a character
-    for start, end in duplicate_spans(data, min_length, ends).tolist():
-        while continues[start]:
-            start += 1
-        while continues[end]:
-            end -= 1
-        dropped[start:end] = True
-    starts = [0, *ends.tolist()]
-    return [data[low:high][~dropped[low:high]].tobytes().decode("utf-8") for low, high in zip(starts, starts[1:])]
+    def __post_init__(self):
+        check(self.num_hashes, self.bands, self.ngram, self.threshold)
+        config.require(self, min_length=(1, None), show=(0, None))
+
+
+def library_texts() -> list[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in sorted(root.rglob("*.py")) if "site-packages" not in path.parts]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+
+
+def main():
+    settings = config.parse(Settings)
+    texts = StoredTexts(settings.input) if settings.input else library_texts()
+    sizes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
+    print(f"{len(texts):,} documents, {sizes.sum():,} bytes")
+    print(curve_line(settings.num_hashes, settings.bands))
+    numbers = np.arange(len(texts))
+
+    def report(name, dropped, began):
+        print(f"{name:<20}{np.count_nonzero(dropped):>10,} documents {int(sizes[dropped].sum()):>14,} bytes"
+              f"{time.perf_counter() - began:>8.1f} s")
+
+    began = time.perf_counter()
+    exact = exact_duplicates(texts) != numbers
+    report("equal", exact, began)
+    began = time.perf_counter()
+    kept = near_duplicates(texts, settings.threshold, settings.num_hashes, settings.bands, settings.ngram)
+    near = (kept != numbers) & ~exact
+    report("near-duplicates", near, began)
+    began = time.perf_counter()
+    left = [texts[i] for i in np.flatnonzero(~exact & ~near)]
+    lengths = [len(text.encode("utf-8", "surrogatepass")) for text in left]
+    cut_lengths = [len(text.encode("utf-8")) for text in without_repeated_spans(left, settings.min_length)]
+    print(f"{'passages':<20}{np.count_nonzero(np.not_equal(lengths, cut_lengths)):>10,} documents "
+          f"{sum(lengths) - sum(cut_lengths):>14,} bytes{time.perf_counter() - began:>8.1f} s")
+    for i in np.flatnonzero(near)[:settings.show].tolist():
+        one, other = texts[kept[i]], texts[i]
+        print(f"\n{i} is like {kept[i]}: Jaccard {jaccard(one, other, settings.ngram):.3f}")
+        print(f"  {one[:200]!r}\n  {other[:200]!r}")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -160,7 +160,7 @@ def band_keys(texts: Iterable[str], num_hashes: int = 112, bands: int = 14, ngra
     odd = random.integers(2 ** 64, size=num_hashes // bands, dtype=np.uint64) | np.uint64(1)
     blocks = []
     for hashes, counts in blocks_of_shingles(texts, ngram, WordHashes(seed)):
-        rows = smallest(hashes, counts, factors, offsets).reshape(len(counts), bands, -1)
+        rows = smallest(hashes, counts, factors, offsets).reshape(len(counts), bands, num_hashes // bands)
         keys = (rows * odd).sum(axis=2, dtype=np.uint64)  # (texts, b, r) -> (texts, b), modulo 2^64
         keys = mix(keys + np.arange(bands, dtype=np.uint64) * MULTIPLIER)
         keys[counts == 0] = 0

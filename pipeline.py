@@ -147,7 +147,7 @@ def judge_table(document: dict) -> Verdict | None:
 
 
 def clean(text: str) -> str:
-    """Return the text with \n for every newline and without a byte-order mark; all else stays as it was."""
+    """Return the text with \\n for every newline and without a byte-order mark; all else stays as it was."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 

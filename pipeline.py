@@ -3,10 +3,11 @@
     python data.py --clean                                    # all steps, with their usual settings
     python data.py --input crawl/ --quality web --redact --near 0.8 --benchmark test.jsonl
 
-    read       empty, generated table                          each document by itself
+    read       empty; generated table
     distinct   exact duplicates; rules of quality; scripts and languages
-    lines      lines that stood in earlier documents           (--lines)
-    near       near-duplicates; passages; benchmarks; classifiers; perplexity; personal data
+    near       near-duplicates
+    lines      lines that stood in earlier documents
+    and in the last of these passages, benchmarks, classifiers, perplexity, personal data
 
 A step that compares documents (duplicates) needs all that came before it. So the steps stand in passes: a pass
 reads each shard once, a chunk of documents at a time, does its steps, and leaves a few bytes for each document
@@ -28,6 +29,7 @@ import numpy as np
 
 import config
 import dedup
+import suffixes
 from config import UserError
 from documents import digest, read_documents, stored_documents, to_line
 from privacy import pii_problem, redact_pii
@@ -204,7 +206,7 @@ def passages_step(length: int) -> Step:
     """Passages that stand twice within a chunk: a suffix array takes memory, so not within the corpus."""
     def judge(documents, places):
         texts = [document["text"] for document in documents]
-        for text, rest in zip(texts, dedup.without_repeated_spans(texts, length)):
+        for text, rest in zip(texts, suffixes.without_repeated_spans(texts, length)):
             what = f"passages: {len(text) - len(rest):,} characters stood before"
             yield None if rest == text else Verdict(rest if rest.strip() else None, what)
     return Step("passages", judge)
@@ -216,7 +218,7 @@ def benchmark_step(settings: Cleaning) -> Step:
     def judge(documents, places):
         texts = [document["text"] for document in documents]
         for text, found in zip(texts, dedup.contamination(texts, benchmarks, settings.ngram)):
-            rest = dedup.cut(text, [(overlap.start, overlap.end) for overlap in found])
+            rest = suffixes.cut(text, [(overlap.start, overlap.end) for overlap in found])
             kept = rest if settings.contaminated == "cut" and rest.strip() else None
             yield Verdict(kept, f"{found[0].benchmark}: item {found[0].item}", found[0].words) if found else None
     return Step("benchmark", judge)
@@ -350,9 +352,20 @@ def passes(settings: Cleaning, work: Work) -> list[Pass]:
     found = [Pass("read", lambda unit, offsets: [alone("empty", judge_empty), alone("table", judge_table)]),
              Pass("distinct", lambda *place: [twin_step("duplicate", work, "distinct", *place), *cheap],
                   digests, decide_equal)]
+    if settings.near:  # before lines: of a near-duplicate only scraps would be left
+        found.append(Pass("near", lambda *place: [twin_step("near-duplicate", work, "near", *place)],
+                          lambda texts, first: dedup.band_keys(texts),
+                          lambda *place: decide_near(*place, settings.near)))
     if settings.lines:
         found.append(Pass("lines", lambda unit, offsets: [lines_step(work, unit)],
                           lambda texts, first: line_keys(texts, first, settings.lines), decide_lines))
+    late = late_steps(settings)
+    last = found.pop()
+    return [*found, last._replace(steps=lambda *place: [*last.steps(*place), *late])]
+
+
+def late_steps(settings: Cleaning) -> list[Step]:
+    """The steps that cost most, or must see a text as it will be: in the last pass, whichever that is."""
     late = []
     if settings.passages:
         late.append(passages_step(settings.passages))
@@ -364,13 +377,7 @@ def passes(settings: Cleaning, work: Work) -> list[Pass]:
         late.append(perplexity_step(settings.perplexity))
     if settings.redact:
         late.append(alone("personal data", redact))
-    if settings.near:
-        found.append(Pass("near", lambda *place: [twin_step("near-duplicate", work, "near", *place), *late],
-                          lambda texts, first: dedup.band_keys(texts),
-                          lambda *place: decide_near(*place, settings.near)))
-    elif late:
-        found.append(Pass("near", lambda unit, offsets: late))
-    return found
+    return late
 
 
 def run_passes(settings: Cleaning, work: Work, units: int, read: Callable[[int, Tally], Iterator[dict]],
@@ -574,5 +581,5 @@ def lines_step(work: Work, unit: int) -> Step:
                 continue
             text = "".join(piece for piece, is_gone in zip(pieces, gone) if not is_gone)
             sample = "".join(piece for piece, is_gone in zip(pieces, gone) if is_gone)
-            yield Verdict(text if text.strip() else None, f"lines: {gone.sum()} of {len(pieces)}", sample)
+            yield Verdict(text if text.strip() else None, f"lines: {gone.sum()} of {sum(map(bool, pieces))}", sample)
     return Step("repeated lines", judge)

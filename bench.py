@@ -3,6 +3,8 @@
     python bench.py                       # training, loss, sharding, decoding; six minutes on two cores
     python bench.py --only training       # one of these, or:
     python bench.py --only decoding       # tokens a second of generate; three minutes
+    python bench.py --only dedup          # near-duplicates beside datasketch, repeated passages; a minute
+    python bench.py --only scale          # near-duplicates among a million documents; some minutes
     python bench.py --only memory         # estimated and measured peaks of a training step; three minutes
     python bench.py --only gpu            # MFU at 124 M and 1 B parameters, beside transformers' on that GPU
 
@@ -16,9 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -26,17 +31,20 @@ from tqdm import tqdm
 import train
 from config import UserError, parse, require, run
 from checkpoint import load_model
+from dedup import curve_line, near_duplicates
 from generation import Packed
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
+from ngrams import words_of
 from objectives import linear_cross_entropy, next_token_loss
 from parallel import Compute, Env, choose_precision, measure_peak, parallelize, setup
+from suffixes import duplicate_spans
 from survive import local_part
 
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "decoding", "memory", "gpu", "held"] = "all"  # all
-        # that needs no GPU and shows speed
+    only: Literal["all", "training", "loss", "sharding", "decoding", "dedup", "scale", "memory", "gpu",
+                  "held"] = "all"  # training, loss, sharding and decoding
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
 
@@ -49,7 +57,7 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "memory": memory, "gpu": gpu, "held": held_bytes}
+                "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu, "held": held_bytes}
     chosen = [training, loss, sharding, decoding] if settings.only == "all" else [measures[settings.only]]
     for measure in chosen:
         measure(settings.rounds)
@@ -186,10 +194,14 @@ def peak_of(kind: str, width: int) -> float:
 
 def in_a_fresh_process(code: str, **environment) -> int:
     """The number that the code prints."""
+    return int(printed_by_a_fresh_process(code, **environment))
+
+
+def printed_by_a_fresh_process(code: str, **environment) -> str:
     code = f"import bench\nbench.torch.set_num_threads({torch.get_num_threads()})\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=os.path.dirname(os.path.abspath(__file__)), env={**os.environ, **environment})
-    return int(done.stdout)
+    return done.stdout
 
 
 def resident_peak() -> int:
@@ -358,6 +370,98 @@ def held_bytes(rounds: int):
     train.update(model, optimizer, [batch], next_token_loss, settings, env, 1e-3)
     moments = [value for state in optimizer.state.values() for value in state.values()]
     print("held", sum(local_part(tensor).nbytes for tensor in [*model.parameters(), *moments]))
+
+
+# ---- what stands twice -------------------------------------------------------------------------------------
+
+
+class Synthetic:
+    """`number` texts of `size` bytes, made when asked for. Every tenth is an earlier one with one other word."""
+
+    def __init__(self, number: int, size: int):
+        self.number = number
+        letters = np.random.Generator(np.random.PCG64(0)).integers(97, 123, (50_000, 6), dtype=np.uint8)
+        self.words, self.length = [bytes(row).decode() for row in letters], size // 7
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < self.number:
+            raise IndexError(i)  # the end, for who iterates
+        generator = np.random.Generator(np.random.PCG64(i))
+        if i % 10 == 9:
+            copied = self[int(generator.integers(i)) // 10 * 10].split(" ")
+            copied[int(generator.integers(self.length))] = "another"
+            return " ".join(copied)
+        return " ".join([self.words[j] for j in generator.integers(len(self.words), size=self.length).tolist()])
+
+
+def dedup(rounds: int):
+    """Near-duplicates among 2,000 documents of 4 kB on one core, beside datasketch's; passages in 10 MB."""
+    texts = list(Synthetic(2000, 4000))
+    found = {}
+    seconds = alternate(rounds, ours=lambda: found.update(ours=near_duplicates(texts)),
+                        datasketch=lambda: found.update(datasketch=peer_duplicates(texts)))
+    dropped = {name: int((kept != np.arange(len(texts))).sum()) for name, kept in found.items()}
+    print(f"near-duplicates of {len(texts):,} documents of 4 kB, one core; {curve_line()}\n"
+          f"  ours {seconds['ours']:.2f} s, {dropped['ours']} dropped, each compared exactly; datasketch "
+          f"{seconds['datasketch']:.2f} s, {dropped['datasketch']} found; "
+          f"{seconds['datasketch'] / seconds['ours']:.1f} x")
+    taken, peak = map(float, printed_by_a_fresh_process("bench.passages()").split())
+    print(f"passages of 50 tokens in 10 MB of source, a byte a token: {taken:.1f} s of one core, "
+          f"{peak:.1f} bytes a token beside the text")
+
+
+def peer_duplicates(texts: list[str]) -> np.ndarray:
+    """The first document that datasketch's LSH finds for each: same n-grams, hashes and bands, not verified."""
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError:
+        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
+    index, kept = MinHashLSH(num_perm=112, params=(14, 8)), []
+    for i, text in enumerate(texts):
+        words, sketch = words_of(text), MinHash(num_perm=112)
+        sketch.update_batch([" ".join(words[j:j + 5]).encode() for j in range(len(words) - 4)])
+        kept.append(min([i, *index.query(sketch)]))
+        index.insert(i, sketch)
+    return np.array(kept)
+
+
+def passages():
+    """Print seconds of processor time, and bytes a token at the peak, of duplicate_spans."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    tokens = np.empty(10_000_000, np.uint8)
+    tokens[:] = np.frombuffer(b"".join(path.read_bytes() for path in files)[:len(tokens)], np.uint8)
+    before, began = resident_peak(), time.process_time()
+    duplicate_spans(tokens, 50)
+    print(time.process_time() - began, (resident_peak() - before) / len(tokens))
+
+
+def scale(rounds: int):
+    """Processor time and memory of near_duplicates by the number of documents, and the exponent of the fit."""
+    numbers, taken = (10_000, 100_000, 1_000_000), []
+    for number in numbers:
+        printed = printed_by_a_fresh_process(f"bench.near_among({number})").split()
+        seconds, peak, beside, dropped = map(float, printed)
+        taken.append(seconds)
+        print(f"{number:>9,} documents of 1 kB: {seconds:>7.1f} s of one core, {dropped:,.0f} dropped; peak "
+              f"{peak / 2 ** 20:,.0f} MiB, {beside / number:,.0f} bytes a document", flush=True)
+    exponent = np.polyfit(np.log(numbers), np.log(taken), 1)[0]
+    print(f"time grows as N^{exponent:.2f}")
+
+
+def near_among(number: int):
+    """Print seconds of processor time, the process's peak, what of that came on top, and how many are dropped.
+
+    Making the texts, twice for candidates, is in the time.
+    """
+    texts = Synthetic(number, 1000)
+    near_duplicates(Synthetic(100, 1000))  # warm
+    before, began = resident_peak(), time.process_time()
+    kept = near_duplicates(texts)
+    seconds, peak = time.process_time() - began, resident_peak()
+    print(seconds, peak, peak - before, int((kept != np.arange(number)).sum()))
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What stands twice is dropped: documents, lines, passages; and what stands in a test set, too.
 
-    python dedup.py                                      # the source of Python's own standard library, offline
-    python dedup.py --input poems.jsonl --show 5         # any {"text": …} lines; shows five near-duplicates
+    python dedup.py                                 # the source of Python's own standard library, offline
+    python dedup.py --input poems.jsonl --show 5    # any {"text": …} lines; shows five near-duplicates
 
 A crawl holds much of its text several times, and a model that reads it so often learns it by heart instead
 of the language (Lee et al. 2022, https://arxiv.org/abs/2107.06499). From coarse to fine:
@@ -43,11 +43,9 @@ import numpy as np
 
 import config
 from config import UserError
-from ngrams import WORD, WordHashes, blocks_of_shingles, blocks_of_words, jaccard, mix, windows, words_of
-from ngrams import MULTIPLIER
-from suffixes import duplicate_spans, without_repeated_spans
-
-__all__ = ["minhash", "near_duplicates", "duplicate_spans", "contaminated"]
+from ngrams import (MULTIPLIER, WORD, WordHashes, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
+                    words_of)
+from suffixes import duplicate_spans, without_repeated_spans  # noqa: F401, the first for who imports it here
 
 # ---- 1. The lesson: all pairs, joined ----------------------------------------------------------------------
 
@@ -96,9 +94,9 @@ def minhash(texts: Iterable[str], num_hashes: int = 112, ngram: int = 5, seed: i
     Jaccard similarity s, and the share of k columns in which they agree estimates s, with a standard error of
     sqrt(s (1 - s) / k).
 
-    Function i is a_i x + b_i modulo 2^32 of the n-gram's 32 bits x, a_i odd: a bijection, so no two n-grams tie.
-    (x is random already, by BLAKE2b: a line through random points is enough.) All follows from `seed`. A
-    document without n-grams has 2^32 - 1 throughout. num_hashes * 4 bytes a document.
+    Function i is a_i x + b_i modulo 2^32, x the upper 32 bits of an n-gram's hash, a_i odd: a bijection, so
+    no two n-grams tie. (x is random already, by BLAKE2b; that is why so simple a function is enough.) All
+    follows from `seed`. A document without n-grams has 2^32 - 1 throughout. 4 bytes a hash and document.
     """
     factors, offsets = hash_functions(num_hashes, seed)
     blocks = [smallest(hashes, counts, factors, offsets)
@@ -132,7 +130,7 @@ def smallest(hashes, counts, factors, offsets) -> np.ndarray:
 
 
 def candidate_chance(similarity, num_hashes: int = 112, bands: int = 14):
-    """The chance that a pair of this Jaccard similarity becomes a candidate: 1 - (1 - s^r)^b, r rows a band."""
+    """The chance that a pair of this Jaccard similarity is a candidate: 1 - (1 - s^r)^b, r rows a band."""
     return 1 - (1 - np.asarray(similarity, float) ** (num_hashes // bands)) ** bands
 
 
@@ -160,7 +158,7 @@ def band_keys(texts: Iterable[str], num_hashes: int = 112, bands: int = 14, ngra
     odd = random.integers(2 ** 64, size=num_hashes // bands, dtype=np.uint64) | np.uint64(1)
     blocks = []
     for hashes, counts in blocks_of_shingles(texts, ngram, WordHashes(seed)):
-        rows = smallest(hashes, counts, factors, offsets).reshape(len(counts), bands, num_hashes // bands)
+        rows = smallest(hashes, counts, factors, offsets).reshape(len(counts), bands, len(odd))
         keys = (rows * odd).sum(axis=2, dtype=np.uint64)  # (texts, b, r) -> (texts, b), modulo 2^64
         keys = mix(keys + np.arange(bands, dtype=np.uint64) * MULTIPLIER)
         keys[counts == 0] = 0
@@ -172,10 +170,11 @@ def check(num_hashes: int, bands: int, ngram: int, threshold: float = 1.0):
     if ngram < 1:
         raise UserError(f"ngram {ngram} is out of range; it must be at least 1 word")
     if not 0 < threshold <= 1:
-        raise UserError(f"threshold {threshold} is out of range; a Jaccard similarity over 0, up to 1, is meant")
+        raise UserError(f"threshold {threshold} is out of range; it must be over 0 and at most 1")
     if not 1 <= bands <= num_hashes or num_hashes % bands:
+        multiple = max(1, num_hashes // max(bands, 1)) * max(bands, 1)
         raise UserError(f"num_hashes {num_hashes} cannot be cut into {bands} bands of equal size; "
-                        f"pass a multiple, such as --num_hashes {max(1, num_hashes // max(bands, 1)) * bands}")
+                        f"pass a multiple, such as --num_hashes {multiple}")
 
 
 def near_duplicates(texts, threshold: float = 0.8, num_hashes: int = 112, bands: int = 14, ngram: int = 5,
@@ -371,7 +370,7 @@ class Overlap(NamedTuple):
 
 
 def contaminated(texts: Iterable[str], benchmark: Iterable[str], ngram: int = 13) -> np.ndarray:
-    """(N,) bool: which texts share `ngram` words in a row with an item of the benchmark; see contamination."""
+    """(N,) bool: which texts share `ngram` words in a row with a benchmark item; see contamination."""
     found = contamination(texts, {"benchmark": benchmark}, ngram)
     return np.fromiter((bool(overlaps) for overlaps in found), bool)
 

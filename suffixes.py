@@ -1,7 +1,7 @@
 """Passages that stand twice, wherever in the text they begin: a suffix array, sorted as deep as is asked.
 
-Sort all suffixes of a text, and equal passages are neighbours, however long (Manber and Myers 1993). Lee et al.
-(2022, https://arxiv.org/abs/2107.06499) found a sentence of 61 words 60,000 times in a cleaned crawl like that.
+Sort all suffixes of a text, and equal passages are neighbours, however long (Manber and Myers 1993). So Lee
+et al. (2022, https://arxiv.org/abs/2107.06499) found a sentence of 61 words 60,000 times in a cleaned crawl.
 10 MB of bytes take 10 s on one core and 11 bytes a byte of memory.
 
     >>> duplicate_spans(np.array([7, 1, 2, 3, 8, 1, 2, 3, 9]), min_length=2).tolist()      # 1 2 3 again
@@ -67,16 +67,16 @@ def duplicate_spans_plain(tokens: list[int], min_length: int) -> list[tuple[int,
 
 
 def suffix_array(tokens: np.ndarray, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(order (N,) uint32, new (N,) bool): all suffixes, sorted, and where one begins that differs from the last.
+    """(order (N,) uint32, new (N,) bool): all suffixes, sorted, and which of them differ from the one before.
 
-    Suffixes are compared up to `depth` tokens (None: to their ends); those that agree so far stay in no stated
-    order. The end of the text comes before every token.
+    Compared are `depth` tokens (None: all); suffixes that agree so far stay in no stated order. The end of the
+    text comes before every token.
 
     Prefix doubling (Manber and Myers 1993): sorted by their first h tokens, each suffix has a rank; the rank
-    of the suffix h further on says how the next h tokens sort. So each round doubles h. As Larsson and Sadakane
-    (2007) do, only those that still agree with another are sorted again. The last round looks less than h
-    further, to end at `depth` exactly: then neighbours agree in `depth` tokens (their longest common prefix
-    is at least that) just where `new` is False, and no array of prefix lengths need be computed.
+    of the suffix h further on says how the next h tokens sort. So each round doubles h. Only those that still
+    agree with another are sorted again (Larsson and Sadakane 2007). The last round looks less than h further,
+    to end at `depth` exactly: then neighbours agree in `depth` tokens or more (their longest common prefix,
+    LCP) just where `new` is False, and no array of prefix lengths need be computed.
     """
     ranks, h = packed_prefixes(tokens, depth)
     order, new = first_order(ranks[:len(tokens)])
@@ -90,14 +90,15 @@ def suffix_array(tokens: np.ndarray, depth: int | None = None) -> tuple[np.ndarr
 
 
 def packed_prefixes(tokens: np.ndarray, depth: int | None) -> tuple[np.ndarray, int]:
-    """(keys (N + 1,) uint32, h): the first h tokens of each suffix as digits of a number, h as 32 bits allow."""
+    """(keys (N + 1,) uint32, h): the first h tokens of each suffix as the digits of a number of 32 bits."""
     if len(tokens) >= 2 ** 28:
-        raise UserError(f"{len(tokens):,} tokens are too many for one suffix array; pass at most {2 ** 28:,}, "
-                        f"a shard at a time")
-    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+        raise UserError(f"{len(tokens):,} tokens are too many for one suffix array; pass fewer than "
+                        f"{2 ** 28:,}, a shard at a time")
+    low, high = (tokens.min(), tokens.max()) if len(tokens) else (0, 0)
     if tokens.dtype.kind not in "ui" or low < 0 or high > 2 ** 32 - 2:
-        raise UserError(f"tokens of {tokens.dtype} from {low} to {high}; integers in [0, 2^32 - 2] are expected")
-    base, h = high + 2, 1  # digit 0: behind the end
+        raise UserError(f"tokens are {tokens.dtype} from {low} to {high}; they must be integers in "
+                        f"[0, 2^32 - 2]")
+    base, h = int(high) + 2, 1  # digit 0: behind the end
     while base ** (h + 1) <= 2 ** 32 and (depth is None or h < depth):
         h += 1
     keys = np.zeros(len(tokens) + 1, np.uint32)
@@ -110,7 +111,7 @@ def packed_prefixes(tokens: np.ndarray, depth: int | None) -> tuple[np.ndarray, 
 
 
 def first_order(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, new) by keys: those in a range of values at a time are collected, and sorted with their places."""
+    """(order, new) by keys: those in a range of values are collected, and sorted with their places."""
     order, new, at = np.empty(len(keys), np.uint32), np.empty(len(keys), bool), 0
     for low, high, count in ranges_of_values(keys, max(PIECE, len(keys) // 32)):
         packed, filled = np.empty(count, np.uint64), 0
@@ -143,7 +144,7 @@ def sort_packed(packed: np.ndarray, order: np.ndarray, new: np.ndarray):
 
 
 def ranges_of_values(keys: np.ndarray, size: int) -> Iterator[tuple[np.uint32, np.uint32, int]]:
-    """Yield (lowest, highest, count): ranges of values, about `size` of the keys in each, none without any."""
+    """Yield (lowest, highest, count): ranges of values with about `size` of the keys in each."""
     if not len(keys):
         return
     shift = max(0, int(keys.max()).bit_length() - 18)
@@ -160,7 +161,7 @@ def ranges_of_values(keys: np.ndarray, size: int) -> Iterator[tuple[np.uint32, n
 
 
 def rank(order: np.ndarray, new: np.ndarray, ranks: np.ndarray):
-    """Write the rank of each suffix: 1 + the place in `order` of the first that agrees with it; 0: the end."""
+    """Write each suffix's rank: 1 + the place in `order` of the first that agrees with it; 0: the end."""
     last = 0
     for start in range(0, len(order), PIECE):
         places = np.arange(start + 1, min(start + PIECE, len(order)) + 1, dtype=np.uint32)
@@ -173,7 +174,7 @@ def rank(order: np.ndarray, new: np.ndarray, ranks: np.ndarray):
 
 
 def unsorted_pieces(new: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield (low, high, active): pieces of whole groups, and the places in them where two or more still agree.
+    """Yield (low, high, active): pieces of whole groups, and the places in them that agree with another.
 
     A piece has at most PIECE places, or is a single group.
     """
@@ -229,7 +230,7 @@ def cut(sequence, spans: Iterable[tuple[int, int]]):
 
 
 def without_repeated_spans(texts: list[str], min_length: int = 200) -> list[str]:
-    """The texts without the passages of `min_length` bytes (UTF-8) that stand in one before, or earlier in it.
+    """The texts without passages of `min_length` bytes (UTF-8) that stand in one before, or earlier in it.
 
     A passage is in one text; cut are whole characters. All texts are in memory, and 12 bytes a byte of text.
     """

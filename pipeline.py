@@ -16,11 +16,12 @@ is expensive sees only what the cheap steps have left, and no step sees more tha
 
 The split into train and val comes after all this: what is alike cannot stand on both sides.
 """
+import functools
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,7 @@ class Cleaning:
         adjusted(TABLES.get(self.quality, {}), self.rules)
 
 
-CLEAN = {"quality": "auto", "lines": 60, "near": 0.8, "passages": 0, "redact": True}
+CLEAN = {"quality": "auto", "lines": 60, "near": 0.8, "passages": 400, "redact": True}
 OFF = {"quality": "none", "lines": 0, "near": 0.0, "passages": 0, "redact": False}
 
 
@@ -308,7 +309,7 @@ def num_bytes(text: str) -> int:
 def take(steps: list[Step], documents: list[dict], places: list[int], tally: Tally) -> list[dict]:
     """The documents that all steps keep, as they leave them."""
     for step in steps:
-        began, kept, kept_places = time.perf_counter(), [], []
+        began, kept, kept_places = time.process_time(), [], []
         for document, at, verdict in zip(documents, places, step.judge(documents, places), strict=True):
             if verdict is not None:
                 left = 0 if verdict.text is None else num_bytes(verdict.text)
@@ -318,7 +319,7 @@ def take(steps: list[Step], documents: list[dict], places: list[int], tally: Tal
                 kept.append(document)
                 kept_places.append(at)
         documents, places = kept, kept_places
-        tally.step(step.name)["seconds"] += time.perf_counter() - began
+        tally.step(step.name)["seconds"] += time.process_time() - began
     return documents
 
 
@@ -386,25 +387,22 @@ def run_passes(settings: Cleaning, work: Work, units: int, read: Callable[[int, 
 
     read(unit, tally): the documents of a unit. key(unit): stands for all that the first pass of it depends on.
     """
-    total, before, offsets, order = Tally(), None, [], passes(settings, work)
+    total, before, offsets, order, seconds = Tally(), None, [], passes(settings, work), 0.0
     for one, next_one in zip(order, [*order[1:], None]):
-        keys, seconds = next_one.keys if next_one else None, 0.0
+        keys = next_one.keys if next_one else None
         if one.decide:
-            decision = lambda: timed(one.decide, work, before, one.name, offsets)  # noqa: E731, B023
-            seconds = work.once(f"{one.name}-decided", decision)["seconds"]
-
-        def documents(unit, tally):
-            return stored_documents(work.path(before, unit, "jsonl")) if before else read(unit, tally)
-
-        results = work.each(one.name, units,
-                            lambda unit: run_pass(one, work, unit, one.steps(unit, offsets), documents, keys),
-                            None if before else key)
-        offsets = np.cumsum([0] + [result["kept"][0] for result in results]).tolist()
+            decision = functools.partial(timed, one.decide, work, before, one.name, offsets)
+            seconds += work.once(f"{one.name}-decided", decision)["seconds"]
+        documents = functools.partial(shard_before, work, before) if before else read
+        job = functools.partial(run_pass, one, work, offsets, documents, keys)
+        results = work.each(one.name, units, job, None if before else key)
         tally = Tally()
         for result in results:
-            tally.add(Tally(**result))
-        if seconds:
-            next(iter(tally.steps.values()))["seconds"] += seconds  # what decided, to the step that it decided
+            tally.add(Tally(**result["tally"]))
+        if one.decide:  # keys and decision are part of the step that they decide
+            next(iter(tally.steps.values()))["seconds"] += seconds
+        seconds = sum(result["seconds"] for result in results)
+        offsets = np.cumsum([0] + [result["tally"]["kept"][0] for result in results]).tolist()
         if before:
             tally.read = [0, 0]  # they are counted already
         total.kept, before = [0, 0], one.name
@@ -412,16 +410,21 @@ def run_passes(settings: Cleaning, work: Work, units: int, read: Callable[[int, 
     return before, total
 
 
+def shard_before(work: Work, before: str, unit: int, tally: Tally) -> Iterator[dict]:
+    return stored_documents(work.path(before, unit, "jsonl"))
+
+
 def timed(function: Callable, *arguments) -> dict:
-    began = time.perf_counter()
+    began = time.process_time()
     result = function(*arguments)
-    return result | {"seconds": time.perf_counter() - began}
+    return result | {"seconds": time.process_time() - began}
 
 
-def run_pass(one: Pass, work: Work, unit: int, steps: list[Step], documents: Callable, keys: Callable | None
+def run_pass(one: Pass, work: Work, offsets: list[int], documents: Callable, keys: Callable | None, unit: int
              ) -> dict:
     """Take a unit through the steps of a pass: <pass>.<unit>.jsonl, and .keys for the next decision."""
-    tally, at, left = Tally(), 0, 0
+    steps = one.steps(unit, offsets)
+    tally, at, left, seconds = Tally(), 0, 0, 0.0
     for step in steps:
         tally.step(step.name)  # so that the report has a line for it, whatever it finds
     with (config.open_whole(work.path(one.name, unit, "jsonl"), "w") as out,
@@ -433,10 +436,12 @@ def run_pass(one: Pass, work: Work, unit: int, steps: list[Step], documents: Cal
             for document in kept:
                 count_document(tally.kept, document)
                 out.write(to_line(document))
+            began = time.process_time()
             if keys and kept:
                 keys_out.write(keys([document["text"] for document in kept], left).astype("<u8").tobytes())
+            seconds += time.process_time() - began
             at, left = at + len(chunk), left + len(kept)
-    return {"read": tally.read, "kept": tally.kept, "rejected": tally.rejected, "steps": tally.steps}
+    return {"tally": asdict(tally), "seconds": seconds}
 
 
 def chunks(documents: Iterable[dict]) -> Iterator[list[dict]]:

@@ -32,8 +32,10 @@ def funnel(report: dict) -> dict[str, list[int]]:
 
 
 def table(report: dict) -> str:
-    """
-    In a step's row the documents that it dropped, and the bytes it took away, from kept documents too.
+    """The funnel in lines.
+
+    In a step's row the documents that it dropped, the bytes it took away, from kept documents too, and the
+    processor's seconds, of all processes together.
     """
     read = report["read"][1] or 1
     rows = [f"{'':<22}{'documents':>12}{'changed':>10}{'bytes of text':>18}{'share':>9}{'seconds':>9}",

@@ -249,10 +249,10 @@ def interrupted(folder, monkeypatch, unit, error=KeyboardInterrupt):
     """Run until the near pass comes to a shard, and end there."""
     original = pipeline.run_pass
 
-    def run_pass(one, work, number, *arguments):
-        if one.name == "near" and number == unit:
+    def run_pass(one, *arguments):
+        if one.name == "near" and arguments[-1] == unit:
             raise error
-        return original(one, work, number, *arguments)
+        return original(one, *arguments)
 
     monkeypatch.setattr(pipeline, "run_pass", run_pass)
     with pytest.raises(error):
@@ -267,8 +267,8 @@ def test_a_run_that_was_stopped_goes_on_from_its_finished_shards(tmp_path, monke
     assert "the same command goes on from there" in capsys.readouterr().out and not (tmp_path / "out").exists()
     (tmp_path / "out.tmp" / "work" / "near.00001.jsonl").unlink()
     done, original = [], pipeline.run_pass
-    monkeypatch.setattr(pipeline, "run_pass", lambda one, work, number, *arguments: done.append(
-        (one.name, number)) or original(one, work, number, *arguments))
+    monkeypatch.setattr(pipeline, "run_pass", lambda one, *arguments: done.append(
+        (one.name, arguments[-1])) or original(one, *arguments))
     kept, _, _ = run(tmp_path, near=0.8, shard_bytes=1)
     assert done == [("near", 1), ("near", 2), ("near", 3)] and kept == expected
     assert "near.00001.jsonl of an earlier run is missing" in capsys.readouterr().out

@@ -59,20 +59,23 @@ def hashed(codes: np.ndarray, lengths: Iterable[int], bits: int) -> np.ndarray:
 # ---- The texts of the default corpus -----------------------------------------------------------------------
 
 DOCSTRING = re.compile(r'"""(.+?)"""', re.DOTALL)
+COMMENTS = re.compile(r"(?:^[ \t]*#[^\n]*\n)+", re.MULTILINE)
 
 
 def prose(paths: Iterable[str] = (), least: int = 200, most: int = 2000) -> Iterator[dict]:
     """Yield {"text", "source"}: pieces of prose of `least` to `most` characters.
 
-    From files that are named: their documents, cut. From Python's library: paragraphs of docstrings, joined to
-    that length; those that read as prose, with stop words and few signs.
+    From files that are named: their documents, cut. From Python's library: paragraphs of docstrings and of
+    comments, joined to that length; those that read as prose, with stop words and few signs.
     """
     for document in corpus(paths):
         if paths:
             texts = [document["text"]]
         else:
-            parts = (part for string in DOCSTRING.findall(document["text"]) for part in string.split("\n\n"))
-            texts = ["\n\n".join(" ".join(part.split()) for part in parts if is_prose(part))]
+            strings = DOCSTRING.findall(document["text"])
+            strings += (block.replace("#", " ") for block in COMMENTS.findall(document["text"]))
+            parts = (part for string in strings for part in re.split(r"\n\s*\n", string) if is_prose(part))
+            texts = ["\n\n".join(dict.fromkeys(" ".join(part.split()) for part in parts))]
         for text in texts:
             for start in range(0, len(text), most):
                 piece = text[start:start + most].strip()

@@ -126,7 +126,7 @@ def digits(text: str) -> str:
 
 IPV4 = re.compile(r"(?<![A-Za-z0-9_.])(?<![=~<>^]=)(?<![A-Za-z][/\-])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
                   r"(?![A-Za-z0-9_]|\.\d|-[A-Za-z])")
-NUMBERED = re.compile(r"(?<![A-Za-z])(?:versions?|ver|v|releases?|rev|revision|builds?|firmware|driver|update|upgraded?"
+NUMBERED = re.compile(r"(?<![A-Za-z])(?:versions?|ver|v|release[ds]?|rev|revision|builds?|firmware|driver|update|upgraded?"
                       r"|sections?|sect?|chapter|clause|article|paragraph|appendix|figure|table|step|oid|rule"
                       r")(?![A-Za-z])|[§版章节節条第]", re.IGNORECASE)
 NETWORK = re.compile(r"(?<![A-Za-z])(?:ip|ipv4|address|addr|host|server|dns|gateway|router|subnet|proxy|network|ping"
@@ -179,9 +179,9 @@ def ipv6(text: str, reserved: bool) -> Iterator[tuple[int, int, str]]:
 # ---- 4. Telephone numbers ----------------------------------------------------------------------------------
 
 EDGE, END = r"(?<![A-Za-z0-9_.+\-/])", r"(?![A-Za-z0-9_]|[.\-]\d)"
-COUNTRY = (r"(?:1|7|2(?:0|7|[1-689]\d)|3(?:[0-469]|[578]\d)|4(?:[013-9]|2\d)|5(?:[1-8]|[09]\d)|6(?:[0-6]|[789]\d)"
-           r"|8(?:[1246]|[05789]\d)|9(?:[0-58]|[679]\d))")  # ITU-T E.164's codes
-INTERNATIONAL = re.compile(rf"(?<![A-Za-z0-9_.)\]])\+{COUNTRY}(?:[ .()/\-]{{0,2}}\d){{6,12}}(?!\d)")
+COUNTRY = (r"(?:1(?=[ .()/\-]{0,2}[2-9])|7|2(?:0|7|1[1-8]|[2-6]\d|9[0179])|3(?:[0-469]|[578]\d)|4(?:[013-9]|2[013])"
+           r"|5(?:[1-8]|[09]\d)|6(?:[0-6]|[789]\d)|8(?:[1246]|[05789]\d)|9(?:[0-58]|[679]\d))")  # of ITU-T E.164
+INTERNATIONAL = re.compile(rf"(?<![A-Za-z0-9_.)\]])\+{COUNTRY}(?:[ .()/\-]{{0,2}}\d){{6,12}}{END}")
 NORTH_AMERICAN = re.compile(
     rf"{EDGE}(?:1[ \-.])?(?:\([1-9]\d\d\)[ \-]?\d{{3}}[ \-.]\d{{4}}|[1-9]\d\d-\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d\.[2-9]\d\d\.\d{{4}}){END}")

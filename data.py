@@ -42,7 +42,7 @@ from batches import IGNORE, SPLITS, Batches, Wrapped, file_checksum, open_shard 
 from bpe import END_OF_TEXT, Tokenizer                                           # looked for here, too
 from config import UserError
 from documents import (Rejected, accepted, content_suffix, digest, find_files,  # noqa: F401
-                       parse_json, read_documents, read_files, standard_library, stored_documents, to_line,
+                       parse_json, progress, read_documents, read_files, standard_library, stored_documents, to_line,
                        write_documents)
 from mixture import Replay  # noqa: F401
 from pipeline import Cleaning, Tally, clean, is_table, kept_documents, rules, run_passes  # noqa: F401
@@ -252,7 +252,7 @@ def load_tokenizer(path: Path, say: bool = True) -> Tokenizer:
 
 def train_tokenizer(settings: Settings, folder: Path, workers: int) -> Tokenizer:
     """Return a tokenizer trained on the train split alone: val is to stay unseen."""
-    documents = tqdm(stored_documents(folder / "train.jsonl"), "train tokenizer", unit=" documents", disable=None)
+    documents = progress(stored_documents(folder / "train.jsonl"), "train tokenizer")
     return Tokenizer.train((document["text"] for document in documents), settings.vocab_size,
                            special_tokens=END_OF_TEXT[:1], workers=workers)
 
@@ -268,28 +268,30 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def write_shards(folder: Path, tokenizer: Tokenizer, workers: int | None, work: Work | None = None,
                  part_bytes: int = 2**24) -> dict:
-    """Write train.bin and val.bin from the .jsonl files in `folder`; return what meta.json says of them.
+    """Write train.bin and val.bin from the .jsonl files in `folder`; return what meta.json says of them."""
+    meta = {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size,
+            "end_of_text": end_of_text_id(tokenizer), "tokenizer": tokenizer.fingerprint}
+    with ThreadPoolExecutor(1) as background:  # a thread suffices: xz and gzip work outside Python's lock
+        if work is None or work.rank == 0:
+            compressors = background.submit(compressed_bits_per_byte, folder / "val.jsonl")
+        for split in SPLITS:
+            meta[split] = write_shard(folder, split, tokenizer, workers, work, part_bytes)
+        return meta | {"compressors": compressors.result()} if meta["val"] else {}
 
-    Parts of part_bytes of the documents are encoded by whichever process of `work`, and then joined. All but
-    the first process return {} as soon as their parts are done.
+
+def write_shard(folder: Path, split: str, tokenizer: Tokenizer, workers: int | None, work: Work | None = None,
+                part_bytes: int = 2**24) -> dict:
+    """Write the tokens of one split; return its counts, its size in bytes and its checksum.
+
+    Parts of part_bytes of the documents are encoded by whichever process of `work`, and then joined by the
+    first. The others return {} as soon as their parts are done.
     """
     with shared(folder, work) as work:
-        parts = [(split, *ends) for split in SPLITS for ends in ranges(folder / f"{split}.jsonl", part_bytes)]
-        meta = {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size,
-                "end_of_text": end_of_text_id(tokenizer), "tokenizer": tokenizer.fingerprint}
-        with ThreadPoolExecutor(1) as background:  # a thread suffices: xz and gzip work outside Python's lock
-            if work.rank == 0:
-                compressors = background.submit(compressed_bits_per_byte, folder / "val.jsonl")
-            counts = work.each("tokens", len(parts),
-                               lambda part: encode_part(work, folder, tokenizer, workers, part, *parts[part]),
-                               wait=work.rank == 0)
-            if work.rank > 0:
-                return {}
-            for split in SPLITS:
-                mine = [part for part, (of, *_) in enumerate(parts) if of == split]
-                meta[split] = join_parts(work, folder / f"{split}.bin", mine, [counts[part] for part in mine],
-                                         tokenizer.dtype.itemsize)
-            return meta | {"compressors": compressors.result()}
+        parts = ranges(folder / f"{split}.jsonl", part_bytes)
+        counts = work.each(f"tokens-{split}", len(parts),
+                           lambda part: encode_part(work, folder, tokenizer, workers, split, part, *parts[part]),
+                           wait=work.rank == 0)
+        return join_parts(work, folder, split, counts, tokenizer.dtype.itemsize) if work.rank == 0 else {}
 
 
 @contextmanager
@@ -324,13 +326,13 @@ def lines_between(path: Path, start: int, end: int) -> Iterator[dict]:
             yield json.loads(file.readline())
 
 
-def encode_part(work: Work, folder: Path, tokenizer: Tokenizer, workers: int | None, part: int, split: str,
+def encode_part(work: Work, folder: Path, tokenizer: Tokenizer, workers: int | None, split: str, part: int,
                 start: int, end: int) -> dict:
     """Write the tokens of the documents between two bytes of a split; return its counts."""
     dtype = tokenizer.dtype.newbyteorder("<")
     documents = text_bytes = 0
     texts = (document["text"] for document in lines_between(folder / f"{split}.jsonl", start, end))
-    with (config.open_whole(work.path("tokens", part, "bin")) as file,
+    with (config.open_whole(work.path(f"tokens-{split}", part, "bin")) as file,
           tqdm(desc=f"tokenize {split}", unit="B", unit_scale=True, disable=work.rank > 0 or None) as bar):
         for number, num_bytes, ids in bpe.in_processes(encode_texts, tokenizer, bpe.batches(texts), workers):
             file.write(ids.astype(dtype).tobytes())
@@ -339,12 +341,12 @@ def encode_part(work: Work, folder: Path, tokenizer: Tokenizer, workers: int | N
     return {"documents": documents, "text_bytes": text_bytes}
 
 
-def join_parts(work: Work, path: Path, parts: list[int], counts: list[dict], itemsize: int) -> dict:
+def join_parts(work: Work, folder: Path, split: str, counts: list[dict], itemsize: int) -> dict:
     """Join the parts of a split; return its counts, its size in bytes and its checksum."""
     checksum, size = hashlib.sha256(), 0
-    with config.open_whole(path) as file:
-        for part in parts:
-            with open(work.path("tokens", part, "bin"), "rb") as tokens:
+    with config.open_whole(folder / f"{split}.bin") as file:
+        for part in range(len(counts)):
+            with open(work.path(f"tokens-{split}", part, "bin"), "rb") as tokens:
                 while content := tokens.read(2**20):
                     file.write(content)
                     checksum.update(content)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 import config
 from config import UserError
 
@@ -212,6 +214,10 @@ def python_encoding(data: bytes) -> str:
 def count(funnel: dict, name: str, num_bytes: int) -> None:
     documents, total = funnel.get(name, (0, 0))
     funnel[name] = [documents + 1, total + num_bytes]
+
+
+def progress(documents: Iterable[dict], name: str) -> Iterable[dict]:
+    return tqdm(documents, name, unit=" documents", disable=None)  # None: no bar where the output is a file
 
 
 def digest(text: str) -> bytes:

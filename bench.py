@@ -34,9 +34,9 @@ from checkpoint import load_model
 from dedup import curve_line, near_duplicates
 from generation import Packed
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
-from ngrams import words_of
 from objectives import linear_cross_entropy, next_token_loss
 from parallel import Compute, Env, choose_precision, measure_peak, parallelize, setup
+from shingles import words_of
 from suffixes import duplicate_spans
 from survive import local_part
 
@@ -204,11 +204,14 @@ def printed_by_a_fresh_process(code: str, **environment) -> str:
     return done.stdout
 
 
-def resident_peak() -> int:
-    """The most bytes that this process has had in memory. (Linux's getrusage includes who started it.)"""
+def resident_peak(line: str = "VmHWM") -> int:
+    """The most bytes that this process has had in memory. (Linux's getrusage includes who started it.)
+
+    line: "VmRSS" for what it has now; only Linux says that.
+    """
     if os.path.exists("/proc/self/status"):
         with open("/proc/self/status", encoding="utf-8") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+            return next(int(entry.split()[1]) * 1024 for entry in file if entry.startswith(line))
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -376,7 +379,7 @@ def held_bytes(rounds: int):
 
 
 class Synthetic:
-    """`number` texts of `size` bytes, made when asked for. Every tenth is an earlier one with one other word."""
+    """`number` texts of `size` bytes, made when asked for; every tenth an earlier one with a word changed."""
 
     def __init__(self, number: int, size: int):
         self.number = number
@@ -394,7 +397,8 @@ class Synthetic:
             copied = self[int(generator.integers(i)) // 10 * 10].split(" ")
             copied[int(generator.integers(self.length))] = "another"
             return " ".join(copied)
-        return " ".join([self.words[j] for j in generator.integers(len(self.words), size=self.length).tolist()])
+        chosen = generator.integers(len(self.words), size=self.length)
+        return " ".join([self.words[j] for j in chosen.tolist()])
 
 
 def dedup(rounds: int):
@@ -414,7 +418,7 @@ def dedup(rounds: int):
 
 
 def peer_duplicates(texts: list[str]) -> np.ndarray:
-    """The first document that datasketch's LSH finds for each: same n-grams, hashes and bands, not verified."""
+    """The first document that datasketch's LSH finds for each: same n-grams and bands, not verified."""
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
@@ -430,16 +434,18 @@ def peer_duplicates(texts: list[str]) -> np.ndarray:
 
 def passages():
     """Print seconds of processor time, and bytes a token at the peak, of duplicate_spans."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-    tokens = np.empty(10_000_000, np.uint8)
-    tokens[:] = np.frombuffer(b"".join(path.read_bytes() for path in files)[:len(tokens)], np.uint8)
-    before, began = resident_peak(), time.process_time()
+    tokens, filled = np.empty(10_000_000, np.uint8), 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        content = np.frombuffer(path.read_bytes(), np.uint8)[:len(tokens) - filled]
+        tokens[filled:filled + len(content)] = content
+        filled += len(content)
+    before, began = resident_peak("VmRSS"), time.process_time()
     duplicate_spans(tokens, 50)
     print(time.process_time() - began, (resident_peak() - before) / len(tokens))
 
 
 def scale(rounds: int):
-    """Processor time and memory of near_duplicates by the number of documents, and the exponent of the fit."""
+    """Processor time and memory of near_duplicates by the number of documents, and the fit's exponent."""
     numbers, taken = (10_000, 100_000, 1_000_000), []
     for number in numbers:
         printed = printed_by_a_fresh_process(f"bench.near_among({number})").split()
@@ -452,13 +458,13 @@ def scale(rounds: int):
 
 
 def near_among(number: int):
-    """Print seconds of processor time, the process's peak, what of that came on top, and how many are dropped.
+    """Print seconds of processor time, the process's peak, what of it came on top, and how many are dropped.
 
     Making the texts, twice for candidates, is in the time.
     """
     texts = Synthetic(number, 1000)
     near_duplicates(Synthetic(100, 1000))  # warm
-    before, began = resident_peak(), time.process_time()
+    before, began = resident_peak("VmRSS"), time.process_time()
     kept = near_duplicates(texts)
     seconds, peak = time.process_time() - began, resident_peak()
     print(seconds, peak, peak - before, int((kept != np.arange(number)).sum()))

@@ -3,6 +3,9 @@
     python dedup.py                                 # the source of Python's own standard library, offline
     python dedup.py --input poems.jsonl --show 5    # any {"text": …} lines; shows five near-duplicates
 
+With no arguments it finds, in 31.5 MB, 46 equal documents, 23 near-duplicates (0.4 MB), and 2.2 MB of
+passages, in 17 s on one core (Python 3.11).
+
 A crawl holds much of its text several times, and a model that reads it so often learns it by heart instead
 of the language (Lee et al. 2022, https://arxiv.org/abs/2107.06499). From coarse to fine:
 
@@ -32,7 +35,6 @@ import sysconfig
 import time
 import unicodedata
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -43,8 +45,8 @@ import numpy as np
 
 import config
 from config import UserError
-from ngrams import (MULTIPLIER, WORD, WordHashes, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
-                    words_of)
+from shingles import (MULTIPLIER, WORD, Hasher, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
+                      words_of)
 from suffixes import duplicate_spans, without_repeated_spans  # noqa: F401, the first for who imports it here
 
 # ---- 1. The lesson: all pairs, joined ----------------------------------------------------------------------
@@ -95,19 +97,20 @@ def minhash(texts: Iterable[str], num_hashes: int = 112, ngram: int = 5, seed: i
     sqrt(s (1 - s) / k).
 
     Function i is a_i x + b_i modulo 2^32, x the upper 32 bits of an n-gram's hash, a_i odd: a bijection, so
-    no two n-grams tie. (x is random already, by BLAKE2b; that is why so simple a function is enough.) All
+    no two n-grams tie. (x is random already, by Hasher; that is why so simple a function is enough.) All
     follows from `seed`. A document without n-grams has 2^32 - 1 throughout. 4 bytes a hash and document.
     """
+    check(num_hashes, 1, ngram)
     factors, offsets = hash_functions(num_hashes, seed)
     blocks = [smallest(hashes, counts, factors, offsets)
-              for hashes, counts in blocks_of_shingles(texts, ngram, WordHashes(seed))]
+              for hashes, counts in blocks_of_shingles(texts, ngram, Hasher(seed))]
     return np.concatenate(blocks)
 
 
 def hash_functions(num_hashes: int, seed: int) -> np.ndarray:
     """(2, num_hashes) uint32: the factors a_i, odd, and the offsets b_i."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    functions = generator.integers(2 ** 32, size=(2, num_hashes), dtype=np.uint32)
+    random = np.random.PCG64([seed, 1]).random_raw(2 * num_hashes).reshape(2, num_hashes)
+    functions = (random >> np.uint64(32)).astype(np.uint32)
     functions[0] |= np.uint32(1)
     return functions
 
@@ -154,10 +157,9 @@ def band_keys(texts: Iterable[str], num_hashes: int = 112, bands: int = 14, ngra
     """
     check(num_hashes, bands, ngram)
     factors, offsets = hash_functions(num_hashes, seed)
-    random = np.random.Generator(np.random.PCG64([seed, 1]))
-    odd = random.integers(2 ** 64, size=num_hashes // bands, dtype=np.uint64) | np.uint64(1)
+    odd = np.random.PCG64([seed, 2]).random_raw(num_hashes // bands) | np.uint64(1)
     blocks = []
-    for hashes, counts in blocks_of_shingles(texts, ngram, WordHashes(seed)):
+    for hashes, counts in blocks_of_shingles(texts, ngram, Hasher(seed)):
         rows = smallest(hashes, counts, factors, offsets).reshape(len(counts), bands, len(odd))
         keys = (rows * odd).sum(axis=2, dtype=np.uint64)  # (texts, b, r) -> (texts, b), modulo 2^64
         keys = mix(keys + np.arange(bands, dtype=np.uint64) * MULTIPLIER)
@@ -167,6 +169,7 @@ def band_keys(texts: Iterable[str], num_hashes: int = 112, bands: int = 14, ngra
 
 
 def check(num_hashes: int, bands: int, ngram: int, threshold: float = 1.0):
+    """Raise UserError for what is out of range or does not fit together."""
     if ngram < 1:
         raise UserError(f"ngram {ngram} is out of range; it must be at least 1 word")
     if not 0 < threshold <= 1:
@@ -198,11 +201,11 @@ def near_duplicates(texts, threshold: float = 0.8, num_hashes: int = 112, bands:
         keys = band_keys(texts, num_hashes, bands, ngram, seed)
     assert keys.shape == (len(texts), bands), f"keys {keys.shape} are not those of {len(texts)} texts"
 
-    hashes, clusters = WordHashes(seed), Clusters(len(texts))
+    hasher, clusters = Hasher(seed), Clusters(len(texts))
 
     @functools.lru_cache(maxsize=256)
     def shingles(i: int) -> np.ndarray:
-        return distinct(next(blocks_of_shingles([texts[i]], ngram, hashes))[0])
+        return distinct(next(blocks_of_shingles([texts[i]], ngram, hasher))[0])
 
     def similar(i: int, j: int) -> bool:
         a, b = shingles(i), shingles(j)
@@ -224,7 +227,7 @@ def distinct(values: np.ndarray) -> np.ndarray:
 def buckets(keys: np.ndarray, roots: np.ndarray) -> list[np.ndarray]:
     """Who shares a key: ascending indices a bucket, only of buckets in which there is something to join."""
     order = np.argsort(keys, kind="stable")
-    order = order[np.searchsorted(keys, 1, sorter=order):]  # key 0: no n-grams
+    order = order[np.searchsorted(keys, np.uint64(1), sorter=order):]  # key 0: no n-grams
     keys, roots = keys[order], roots[order]
     new = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     firsts = np.concatenate([[0], new, [len(keys)]])
@@ -233,29 +236,30 @@ def buckets(keys: np.ndarray, roots: np.ndarray) -> list[np.ndarray]:
     return [order[firsts[i]:firsts[i + 1]] for i in wanted]
 
 
-def join_similar(bucket: list[int], clusters: Clusters, similar: Callable, most: int = 1000):
+def join_similar(bucket: list[int], clusters: Clusters, similar: Callable, most: int = 200):
     """Join the documents of a bucket that are similar.
 
     A document that is in a cluster already, or similar to one of it, is not compared with the rest of it: a
     bucket of m copies takes m comparisons. Of m documents that are all different it would take m^2 / 2; so a
     document is compared with `most` others at most, which only huge buckets of unlike documents feel.
     """
-    groups = []  # the documents of this bucket so far, a list a cluster
+    groups = {}  # root of a cluster -> its documents in this bucket, of those seen so far
     for i in bucket:
-        left, matching, others = most, [], []
-        for group in groups:
-            found = clusters.find(group[0]) == clusters.find(i)
-            if not found:
-                found = any(similar(j, i) for j in islice(group, left))
-                left = max(0, left - len(group))
-            (matching if found else others).append(group)
-        for group in matching:
-            clusters.join(i, group[0])
-            if group is not matching[0]:
-                matching[0].extend(group)
-        if matching:
-            matching[0].append(i)
-        groups = [*others, *(matching[:1] or [[i]])]
+        own, left, matching = clusters.find(i), most, []
+        for root, group in islice(groups.items(), most):
+            if root != own and left > 0:
+                if any(similar(j, i) for j in islice(group, left)):
+                    matching.append(root)
+                left -= len(group)
+        parts = [groups.pop(root) for root in (own, *matching) if root in groups]
+        for root in matching:
+            clusters.join(i, root)
+        together = max(parts, key=len, default=[])
+        for part in parts:
+            if part is not together:
+                together.extend(part)
+        together.append(i)
+        groups[clusters.find(i)] = together
 
 
 # ---- 4. Equal documents, equal lines -----------------------------------------------------------------------
@@ -399,10 +403,9 @@ def contamination(texts: Iterable[str], benchmarks: dict[str, Iterable[str]], ng
 
 
 def look_up(texts: Iterable[str], items: list[tuple], ngram: int) -> Iterator[list[Overlap]]:
-    hashes, held = WordHashes(0), deque()  # the texts of a block, until their words have been looked up
-    table = benchmark_table(items, ngram, hashes)
-    passed_on = (held.append(text) or text for text in texts)
-    for words, counts in blocks_of_words(passed_on, words_of, hashes):
+    hasher = Hasher(0)
+    table = benchmark_table(items, ngram, hasher)
+    for block, words, counts in blocks_of_words(texts, hasher):
         ends = np.cumsum(counts)
         found = [[] for _ in counts]
         for length, (keys, owners, places) in table.items():
@@ -412,18 +415,16 @@ def look_up(texts: Iterable[str], items: list[tuple], ngram: int) -> Iterator[li
                 document = int(np.searchsorted(ends, hit, side="right"))
                 first = int(hit - ends[document] + counts[document])
                 found[document].append((int(owners[at[hit]]), int(places[at[hit]]), first, length))
-        for hits in found:
-            text = held.popleft()
-            yield overlaps(text, hits, items) if hits else []
+        yield from (overlaps(text, hits, items) if hits else [] for text, hits in zip(block, found))
 
 
-def benchmark_table(items: list[tuple], ngram: int, hashes: WordHashes) -> dict[int, tuple]:
+def benchmark_table(items: list[tuple], ngram: int, hasher: Hasher) -> dict[int, tuple]:
     """{length: (keys, items, places)}: the n-grams of all items, sorted, and where each stands first."""
     found = {}
     for index, (_, _, words) in enumerate(items):
         length = min(ngram, len(words))
         if length >= min(SHORTEST, ngram):
-            keys = windows(np.array([hashes[word] for word in words], np.uint64), length)
+            keys = windows(hasher.words(" ".join(words).encode("utf-8", "surrogatepass"))[0], length)
             found.setdefault(length, []).append((keys, np.full(len(keys), index), np.arange(len(keys))))
     table = {}
     for length, parts in found.items():
@@ -535,6 +536,7 @@ def main():
     sizes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
     print(f"{len(texts):,} documents, {sizes.sum():,} bytes")
     print(curve_line(settings.num_hashes, settings.bands))
+    print(f"in memory for near-duplicates: {8 * settings.bands + 8} bytes a document")
     numbers = np.arange(len(texts))
 
     def report(name, dropped, began):

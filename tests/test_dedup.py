@@ -1,4 +1,4 @@
-"""dedup.py, ngrams.py, suffixes.py: what counts as the same, what is found, what is dropped, what stays."""
+"""dedup.py, shingles.py, suffixes.py: what counts as the same, what is found, what is dropped, what stays."""
 import json
 import math
 import os
@@ -14,12 +14,13 @@ from hypothesis import given, settings, strategies
 from support import in_process
 
 import dedup
+import shingles
 import suffixes
 from config import UserError
 from dedup import (StoredTexts, band_keys, candidate_chance, contaminated, contaminated_plain, contamination,
                    curve_line, exact_duplicates, minhash, near_duplicates, near_duplicates_plain,
                    without_repeated_lines, without_repeated_lines_plain)
-from ngrams import WORD, jaccard, ngrams, words_of
+from shingles import WORD, jaccard, ngrams, words_of
 from suffixes import cut, duplicate_spans, duplicate_spans_plain, suffix_array, without_repeated_spans
 
 ROOT = Path(dedup.__file__).parent
@@ -89,6 +90,21 @@ def test_signatures_are_uint32_and_a_function_of_text_and_seed_alone():
     assert np.array_equal(signatures[::-1], minhash(texts[::-1], 64, 5))
     assert np.array_equal(signatures[7:8], minhash([texts[7]], 64, 5)), "it depends on the block"
     assert not np.array_equal(signatures, minhash(texts, 64, 5, seed=1))
+
+
+def test_hashes_do_not_depend_on_how_texts_are_cut_into_blocks(monkeypatch):
+    """With blocks of 16 bytes a text is worked on in many parts, a word may be longer than two of them."""
+    texts = near_corpus(1, 20) + ["short", "", "x" * 100 + " y " + "z" * 17, "春眠不覺曉，處處聞啼鳥。夜來風雨聲"]
+    whole = minhash(texts, 16, 3)
+    monkeypatch.setattr(shingles, "BLOCK", 16)
+    assert np.array_equal(minhash(texts, 16, 3), whole)
+
+
+def test_words_of_equal_bytes_in_another_order_have_other_hashes():
+    found = "ab ba aab aba baa a aa aaa aaaa abab baba".split()
+    hashes, starts = shingles.Hasher(0).words(" ".join(found).encode())
+    assert len(set(hashes.tolist())) == len(found) and starts[:3].tolist() == [0, 3, 6]
+    assert shingles.Hasher(0).words(b"  ab  ")[0].tolist() == hashes[:1].tolist()
 
 
 def test_signatures_do_not_depend_on_the_process():
@@ -237,6 +253,16 @@ def test_many_copies_of_a_text_take_linear_time():
     text = " ".join(words(60, generator))
     texts = [f"{text} {number}" for number in range(5000)]
     assert not near_duplicates(texts).any()
+
+
+def test_a_bucket_of_unlike_documents_takes_bounded_time():
+    compared = []
+    unlike = lambda i, j: bool(compared.append((i, j)))  # noqa: E731
+    dedup.join_similar(list(range(50)), dedup.Clusters(50), unlike, most=10)
+    assert len(compared) == len(set(compared)) == sum(min(i, 10) for i in range(50))
+    compared.clear()
+    dedup.join_similar(list(range(50)), dedup.Clusters(50), lambda i, j: unlike(i, j) or True)
+    assert len(compared) == 49, "one of a cluster is enough"
 
 
 def test_bands_that_do_not_fit_and_other_settings_are_refused():

@@ -21,7 +21,7 @@ import numpy as np
 
 import config
 from config import UserError
-from features import character_ngrams, load_arrays, prose, save_arrays, word_ngrams
+from ngrams import character_ngrams, load_arrays, prose, save_arrays, word_ngrams
 
 BITS = 20
 FEATURES = {  # (n-grams of words, n-grams of characters) by their lengths

@@ -21,7 +21,7 @@ import numpy as np
 
 import config
 from config import UserError
-from features import character_ngrams, load_arrays, prose, save_arrays
+from ngrams import character_ngrams, load_arrays, prose, save_arrays
 from quality import corpus
 
 # ---- 1. Scripts --------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ import metaspace
 from bpe import Tokenizer
 from classifier import misread, part_of, shuffled_characters, shuffled_words
 from config import UserError
-from features import load_arrays, prose, save_arrays
+from ngrams import load_arrays, prose, save_arrays
 from quality import corpus
 
 # ---- 1. The model ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import languages
 from config import UserError
 from languages import LANGUAGE_OF, RANGES, Languages, dominant_script, script_counts
-from features import character_ngrams
+from ngrams import character_ngrams
 from support import in_process
 
 TEXTS = {  # the last two of each are held out

@@ -1,9 +1,9 @@
-"""features.py: hashing by hand, texts of the default corpus, files without pickle."""
+"""ngrams.py: hashing by hand, texts of the default corpus, files without pickle."""
 import numpy as np
 import pytest
 
 from config import UserError
-from features import character_ngrams, is_prose, load_arrays, prose, save_arrays, word_ngrams
+from ngrams import character_ngrams, is_prose, load_arrays, prose, save_arrays, word_ngrams
 
 
 def by_hand(codes, n, bits):

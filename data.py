@@ -7,17 +7,18 @@
 
 With no arguments it keeps 29.2 of 31.5 MB, 8.2 million tokens, in 14 s of processor time (Python 3.11).
 
-A document is read (documents.py), cleaned, dropped if it is empty, a generated table or an exact duplicate, or
-for what else is asked (pipeline.py); sent to `train` or `val` by the hash of its content; and turned into
-tokens. Because the hash decides, the split depends neither on order nor on the other documents. Input files are
-taken in shards, and what was done for a shard is kept until all is done (work.py): a run that was killed goes on
-from there, and any number of processes can share it.
+A document is read (documents.py), cleaned, dropped if it is empty, a generated table or an exact duplicate,
+or for what else is asked (pipeline.py); sent to `train` or `val` by the hash of its content; and turned into
+tokens. Because the hash decides, the split depends neither on order nor on the other documents. Input files
+are taken in shards, and what was done for a shard is kept until all is done (work.py): a run that was killed
+goes on from there, and any number of processes can share it.
 
 The output folder holds train.jsonl and val.jsonl (the cleaned documents), tokenizer.json, train.bin and
-val.bin (raw little-endian ids of tokens, end-of-text after each document), meta.json (counts, checksums), and
-the report of what was dropped and why: report.json, report.html. `Batches` (batches.py) serves windows of those
-tokens as a pure function of (seed, step).
+val.bin (raw little-endian ids of tokens, end-of-text after each document), meta.json (counts, checksums),
+and the report of what was dropped and why: report.json, report.html. `Batches` (batches.py) serves windows of
+those tokens as a pure function of (seed, step).
 """
+import functools
 import hashlib
 import json
 import lzma
@@ -42,8 +43,8 @@ from batches import IGNORE, SPLITS, Batches, Wrapped, file_checksum, open_shard 
 from bpe import END_OF_TEXT, Tokenizer                                           # looked for here, too
 from config import UserError
 from documents import (Rejected, accepted, content_suffix, digest, find_files,  # noqa: F401
-                       parse_json, progress, read_documents, read_files, standard_library, stored_documents, to_line,
-                       write_documents)
+                       parse_json, progress, read_documents, read_files, standard_library,
+                       stored_documents, to_line, write_documents)
 from mixture import Replay  # noqa: F401
 from pipeline import Cleaning, Tally, clean, is_table, kept_documents, rules, run_passes  # noqa: F401
 from privacy import redact_pii  # noqa: F401
@@ -71,8 +72,8 @@ class Settings(Cleaning):
 def prepare(settings: Settings) -> dict | None:
     """Write the folder `settings.out`, whole or not at all, and return its meta (what meta.json holds).
 
-    Of several processes (RANK, WORLD_SIZE) all but the first return None. Raises UserError if the folder exists
-    (without overwrite), if no text is left of the input, or if the tokenizer does not fit.
+    Of several processes (RANK, WORLD_SIZE) all but the first return None. Raises UserError if the folder
+    exists (without overwrite), if no text is left of the input, or if the tokenizer does not fit.
     """
     started, (rank, world_size) = time.perf_counter(), place()
     say = print if rank == 0 else lambda *words: None
@@ -85,8 +86,8 @@ def prepare(settings: Settings) -> dict | None:
         keys = [fingerprint(steps_key(settings), shard) for shard in shards]
         work = Work(folder / "work", fingerprint(keys), rank, world_size)
         begin(work, shards)
-        last, tally = run_passes(settings, work, len(shards), lambda *place: read_shard(settings, shards, *place),
-                                 keys.__getitem__)
+        read = functools.partial(read_shard, settings, shards)
+        last, tally = run_passes(settings, work, len(shards), read, keys.__getitem__)
         work.key = fingerprint(work.key, settings.val_fraction, settings.vocab_size, settings.tokenizer)
         split_documents(settings, work, folder, last, len(shards), tally)
         work.once("tokenizer", lambda: (tokenizer or train_tokenizer(settings, folder, workers)).save(
@@ -110,7 +111,7 @@ def prepare(settings: Settings) -> dict | None:
 
 
 def input_shards(settings: Settings) -> list[list[tuple[str, str, int, int]]]:
-    """The files to read, as (path, source, bytes, time of change), in lists of up to shard_bytes or one file."""
+    """The files to read: (path, source, bytes, time of change), in lists of up to shard_bytes, or of one."""
     files = find_files(settings.input) if settings.input else standard_library()
     shards, size = [[]], 0
     for path, source in files:
@@ -141,8 +142,8 @@ def begin(work: Work, shards: list) -> None:
     work.folder.mkdir(exist_ok=True)
     for name in sum(unfinished(work.folder.parent), []):
         if not Path(name).is_file():
-            raise UserError(f"{name}, which the unfinished run in {work.folder.parent} has read, is missing; put "
-                            f"it back, or delete {work.folder.parent} to do without it")
+            raise UserError(f"{name}, which the unfinished run in {work.folder.parent} has read, is missing; "
+                            f"put it back, or delete {work.folder.parent} to do without it")
     with config.open_whole(work.path("inputs", None, "json"), "w") as file:
         json.dump([[name for name, *_ in shard] for shard in shards], file)
 
@@ -172,21 +173,23 @@ def content_hash(text: str) -> int:
     return int.from_bytes(digest(text), "big")
 
 
-def split_documents(settings: Settings, work: Work, folder: Path, last: str, units: int, tally: Tally) -> None:
+def split_documents(settings: Settings, work: Work, folder: Path, last: str, units: int, tally: Tally
+                    ) -> None:
     """Write train.jsonl and val.jsonl from what the last pass has left: shard by shard, then joined."""
     threshold = int(settings.val_fraction * 2**128)
 
     def split(unit):
         documents = stored_documents(work.path(last, unit, "jsonl"))
-        return write_splits([work.path("split", unit, f"{split}.jsonl") for split in SPLITS], documents, threshold)
+        paths = [work.path("split", unit, f"{split}.jsonl") for split in SPLITS]
+        return write_splits(paths, documents, threshold)
 
     results = work.each("split", units, split)
     work.once("joined", lambda: join_splits(settings, work, folder, results, threshold, tally))
 
 
-def join_splits(settings: Settings, work: Work, folder: Path, results: list[dict], threshold: int, tally: Tally
-                ) -> dict:
-    """Join the splits of all shards; where one of the two would be empty, it gets a document, or part of one."""
+def join_splits(settings: Settings, work: Work, folder: Path, results: list[dict], threshold: int,
+                tally: Tally) -> dict:
+    """Join the splits of all shards; where one would be empty, it gets a document, or part of one."""
     train, val = paths = [folder / f"{split}.jsonl" for split in SPLITS]
     if not tally.kept[0]:
         lost = {name: step["documents"] for name, step in tally.steps.items() if step["documents"]}
@@ -288,9 +291,8 @@ def write_shard(folder: Path, split: str, tokenizer: Tokenizer, workers: int | N
     """
     with shared(folder, work) as work:
         parts = ranges(folder / f"{split}.jsonl", part_bytes)
-        counts = work.each(f"tokens-{split}", len(parts),
-                           lambda part: encode_part(work, folder, tokenizer, workers, split, part, *parts[part]),
-                           wait=work.rank == 0)
+        encode = functools.partial(encode_part, work, folder, tokenizer, workers, split, parts)
+        counts = work.each(f"tokens-{split}", len(parts), encode, wait=work.rank == 0)
         return join_parts(work, folder, split, counts, tokenizer.dtype.itemsize) if work.rank == 0 else {}
 
 
@@ -326,12 +328,12 @@ def lines_between(path: Path, start: int, end: int) -> Iterator[dict]:
             yield json.loads(file.readline())
 
 
-def encode_part(work: Work, folder: Path, tokenizer: Tokenizer, workers: int | None, split: str, part: int,
-                start: int, end: int) -> dict:
+def encode_part(work: Work, folder: Path, tokenizer: Tokenizer, workers: int | None, split: str,
+                parts: list[tuple[int, int]], part: int) -> dict:
     """Write the tokens of the documents between two bytes of a split; return its counts."""
     dtype = tokenizer.dtype.newbyteorder("<")
     documents = text_bytes = 0
-    texts = (document["text"] for document in lines_between(folder / f"{split}.jsonl", start, end))
+    texts = (document["text"] for document in lines_between(folder / f"{split}.jsonl", *parts[part]))
     with (config.open_whole(work.path(f"tokens-{split}", part, "bin")) as file,
           tqdm(desc=f"tokenize {split}", unit="B", unit_scale=True, disable=work.rank > 0 or None) as bar):
         for number, num_bytes, ids in bpe.in_processes(encode_texts, tokenizer, bpe.batches(texts), workers):
@@ -403,8 +405,8 @@ def whole_folder(out: Path, overwrite: bool, rank: int = 0) -> Iterator[Path]:
     """Yield the folder `out`.tmp to write into; it becomes `out` if all goes well, and is removed if not.
 
     Unless there are several shards in work: these stay, for the next run to go on from. Of several processes
-    only the first (rank 0) makes, renames or removes the folder. Raises UserError if `out` exists (without overwrite), or holds
-    a file that this program did not write.
+    only the first (rank 0) makes, renames or removes the folder. Raises UserError if `out` exists (without
+    overwrite), or holds a file that this program did not write.
     """
     out = out.resolve()
     if rank > 0:

@@ -1,4 +1,4 @@
-"""Documents: JSON Lines, .txt, .md and .py, each also gzipped, and folders of these -> {"text": …, "source": …}.
+"""Documents: JSON Lines, .txt, .md and .py, each also .gz, and folders of these -> {"text": …, "source": …}.
 
     for document in read_documents(["my_texts/", "more.jsonl.gz"]): …
 
@@ -148,7 +148,7 @@ def read_json_lines(file: io.BufferedIOBase, path: Path, source: str, most: int 
 
 
 def bounded_lines(file: io.BufferedIOBase, most: int) -> Iterator[tuple[bytes, int]]:
-    """Yield (line, its bytes); of a line of more than `most` bytes only the last are held, and it is counted."""
+    """Yield (line, its bytes); of a line of more than `most` bytes only the last are held."""
     while line := file.readline(most + 1):
         size = len(line)
         while not line.endswith(b"\n") and len(line) == most + 1 and (line := file.readline(most + 1)):

@@ -441,7 +441,7 @@ class Settings:
     def __post_init__(self):
         config.require(self, tokens=(1, None), seq_len=(2, None), batch_size=(1, None))
         if (self.mix is None) == (not self.sources):
-            raise UserError("pass --sources name=folder …, to write a mixture, or --mix file.json, to draw one")
+            raise UserError("pass --sources name=folder …, to write a mixture, or --mix file, to draw one")
 
 
 def parse_phase(text: str) -> dict:

@@ -9,10 +9,10 @@
     lines      lines that stood in earlier documents
     and in the last of these passages, benchmarks, classifiers, perplexity, personal data
 
-A step that compares documents (duplicates) needs all that came before it. So the steps stand in passes: a pass
-reads each shard once, a chunk of documents at a time, does its steps, and leaves a few bytes for each document
-(digests, keys of MinHash). Between passes one process decides, from these alone, which documents are twins. What
-is expensive sees only what the cheap steps have left, and no step sees more than a chunk of text.
+A step that compares documents (duplicates) needs all that came before it. So the steps stand in passes: a
+pass reads each shard once, a chunk of documents at a time, does its steps, and leaves a few bytes for each
+document (digests, keys of MinHash). Between passes one process decides, from these alone, which documents are
+twins. What is expensive sees only what the cheap steps have left, and no step sees more than a chunk of text.
 
 The split into train and val comes after all this: what is alike cannot stand on both sides.
 """
@@ -45,16 +45,16 @@ EXAMPLES = 10  # of what a step drops, for the report
 class Cleaning:
     """The steps that drop or change documents. None: off, or with --clean the value in CLEAN."""
     clean: bool = False  # switch on every step below that needs no file of yours, as CLEAN says
-    quality: str | None = None  # rules of quality: web, encyclopedia, forum, code; auto: code for Python sources,
-                                # else web; none
+    quality: str | None = None  # rules of quality: web, encyclopedia, forum, code; auto: code for Python
+                                # sources, else web; none
     rules: tuple[str, ...] = ()  # bounds of those to change: words=20: html=off
     scripts: tuple[str, ...] = ()  # keep documents that are mostly in these: Latin Han …
     languages: str | None = None  # a file of languages.py, to tell languages by
     keep_languages: tuple[str, ...] = ()  # and those to keep
-    lines: int | None = None  # drop lines of so many characters or more that stood in earlier documents; 0: none
+    lines: int | None = None  # cut lines of so many characters that stood in earlier documents; 0: none
     near: float | None = None  # drop documents of this Jaccard similarity with an earlier one; 0: none
     passages: int | None = None  # cut passages of so many bytes that stood before, in the same chunk; 0: none
-    benchmark: tuple[str, ...] = ()  # files to be tested on: drop what shares an n-gram with one of their texts
+    benchmark: tuple[str, ...] = ()  # files to be tested on: drop what shares an n-gram with their texts
     ngram: int = 13  # words of that n-gram
     contaminated: str = "drop"  # drop such documents, or cut the shared words out
     classifier: tuple[str, ...] = ()  # files of classifier.py: most must vote for a document
@@ -68,12 +68,15 @@ class Cleaning:
         for name, value in CLEAN.items():
             if getattr(self, name) is None:
                 setattr(self, name, value if self.clean else OFF[name])
-        config.require(self, quality={"none", "auto", *TABLES}, near=(0, 1), lines=(0, None), passages=(0, None),
-                       ngram=(1, None), contaminated={"drop", "cut"}, most_bytes=(1, None), shard_bytes=(1, None))
+        config.require(self, quality={"none", "auto", *TABLES}, near=(0, 1), lines=(0, None),
+                       passages=(0, None), ngram=(1, None), contaminated={"drop", "cut"},
+                       most_bytes=(1, None), shard_bytes=(1, None))
         if self.rules and self.quality in ("none", "auto"):
-            raise UserError(f"--rules {' '.join(self.rules)} needs --quality {' or '.join(TABLES)}: of which table")
+            raise UserError(f"--rules {' '.join(self.rules)} needs --quality {' or '.join(TABLES)}: of which "
+                            f"table")
         if bool(self.languages) != bool(self.keep_languages):
-            raise UserError("--languages names a file to tell languages by, --keep_languages those to keep; pass both")
+            raise UserError("--languages names a file to tell languages by, --keep_languages those to keep; "
+                            "pass both")
         adjusted(TABLES.get(self.quality, {}), self.rules)
 
 
@@ -83,9 +86,9 @@ OFF = {"quality": "none", "lines": 0, "near": 0.0, "passages": 0, "redact": Fals
 
 def rules(settings: Cleaning) -> str:
     """What will be dropped, in a line or two, for the start of a run."""
-    lines = [f"dropped are documents that are empty, a generated table (Python of {TABLE_CHARACTERS:,} characters or "
-             f"more, over {TABLE_SHARE:.0%} of them on lines that begin with a string or a number), or equal to an "
-             f"earlier one"]
+    lines = [f"dropped are documents that are empty, equal to an earlier one, or a generated table (Python "
+             f"of {TABLE_CHARACTERS:,} characters\nor more, over {TABLE_SHARE:.0%} of them on lines that begin "
+             f"with a string or a number)"]
     if settings.quality != "none":
         lines.append(f"by rules of quality: {settings.quality} {' '.join(settings.rules)}".rstrip())
     if settings.near:
@@ -145,7 +148,7 @@ def judge_empty(document: dict) -> Verdict | None:
 
 def judge_table(document: dict) -> Verdict | None:
     if is_python(document) and is_table(document["text"]):
-        return Verdict(None, f"Python, over {TABLE_SHARE:.0%} of it on lines that begin with a string or a number")
+        return Verdict(None, f"over {TABLE_SHARE:.0%} of it on lines that begin with a string or a number")
     return None
 
 
@@ -155,7 +158,7 @@ def clean(text: str) -> str:
 
 
 def kept_documents(documents: Iterable[dict]) -> Iterator[dict]:
-    """Yield those that the steps which are always there keep, cleaned: a short corpus, without shards and files."""
+    """Yield those that the steps which are always there keep, cleaned: without shards and files."""
     seen = set()
     for document in documents:
         document = document | {"text": clean(document["text"])}
@@ -199,7 +202,9 @@ def language_step(path: str, keep: tuple[str, ...]) -> Step:
 
     def judge(document):
         language, margin = languages.identify(document["text"])
-        return None if language in keep else Verdict(None, f"language: {language}, by {margin:.2f} nats a character")
+        if language in keep:
+            return None
+        return Verdict(None, f"language: {language}, by {margin:.2f} nats a character")
     return alone("language", judge)
 
 
@@ -221,7 +226,8 @@ def benchmark_step(settings: Cleaning) -> Step:
         for text, found in zip(texts, dedup.contamination(texts, benchmarks, settings.ngram)):
             rest = suffixes.cut(text, [(overlap.start, overlap.end) for overlap in found])
             kept = rest if settings.contaminated == "cut" and rest.strip() else None
-            yield Verdict(kept, f"{found[0].benchmark}: item {found[0].item}", found[0].words) if found else None
+            why = f"{found[0].benchmark}: item {found[0].item}" if found else ""
+            yield Verdict(kept, why, found[0].words) if found else None
     return Step("benchmark", judge)
 
 
@@ -285,7 +291,8 @@ class Tally:
         step["reasons"][reason] = step["reasons"].get(reason, 0) + 1
         if len(step["examples"]) < EXAMPLES:
             text = document["text"] if verdict.sample is None else verdict.sample
-            step["examples"].append({"source": str(document["source"]), "why": verdict.why, "text": text[:300]})
+            example = {"source": str(document["source"]), "why": verdict.why, "text": text[:300]}
+            step["examples"].append(example)
 
     def add(self, other: "Tally") -> None:
         """Add another shard's: its examples come after ours."""
@@ -331,8 +338,8 @@ class Pass(NamedTuple):
     """Steps that a shard goes through at once.
 
     steps(unit, offsets): list of steps, some of which know which of the unit's documents are twins.
-    keys(texts, first): of the texts that the pass before leaves, as rows of 64 bits; first: number of the first
-    in its shard. decide(work, pass before, this pass, offsets): what one process does with the keys of all.
+    keys(texts, first): of the texts that the pass before leaves, as rows of 64 bits; first: number of the
+    first in its shard. decide(work, pass before, this pass, offsets): what one process does with all keys.
     offsets: how many documents of the pass before stand before each shard, and in all.
     """
     name: str
@@ -383,9 +390,10 @@ def late_steps(settings: Cleaning) -> list[Step]:
 
 def run_passes(settings: Cleaning, work: Work, units: int, read: Callable[[int, Tally], Iterator[dict]],
                key: Callable[[int], str]) -> tuple[str, Tally]:
-    """Take all units through all passes; return the name of the last, whose files hold what is left, and counts.
+    """Take all units through all passes; return the name of the last, whose files hold what is left, and
+    counts.
 
-    read(unit, tally): the documents of a unit. key(unit): stands for all that the first pass of it depends on.
+    read(unit, tally): the documents of a unit. key(unit): stands for all that its first pass depends on.
     """
     total, before, offsets, order, seconds = Tally(), None, [], passes(settings, work), 0.0
     for one, next_one in zip(order, [*order[1:], None]):
@@ -478,9 +486,10 @@ def digests(texts: list[str], first: int) -> np.ndarray:
 
 def line_keys(texts: list[str], first: int, shortest: int) -> np.ndarray:
     """(lines, 2) uint64: 64 bits of each line, 0 where it always stays, and the number of its text."""
-    keys = [[dedup.line_key(piece, False, shortest) for piece in dedup.pieces(text, "line")] for text in texts]
-    owners = np.repeat(np.arange(first, first + len(texts)), list(map(len, keys)))
-    return np.column_stack([np.array([key for line in keys for key in line], np.uint64), owners.astype(np.uint64)])
+    keys = [[dedup.line_key(piece, False, shortest) for piece in dedup.pieces(text, "line")]
+            for text in texts]
+    owners = np.repeat(np.arange(first, first + len(texts), dtype=np.uint64), list(map(len, keys)))
+    return np.column_stack([np.array([key for line in keys for key in line], np.uint64), owners])
 
 
 def first_owners(keys: np.ndarray, owners: np.ndarray) -> np.ndarray:
@@ -494,8 +503,9 @@ def first_owners(keys: np.ndarray, owners: np.ndarray) -> np.ndarray:
     return firsts
 
 
-def decide_repeated(work: Work, before: str, name: str, offsets: list[int], columns: int) -> list[tuple[int, int]]:
-    """Mark the keys that an earlier document has, and return (document, the earlier one) of the first of them.
+def decide_repeated(work: Work, before: str, name: str, offsets: list[int], columns: int
+                    ) -> list[tuple[int, int]]:
+    """Mark the keys that an earlier document has; return (document, the earlier one) of the first of them.
 
     Rows of the .keys files are `columns` numbers of key and the number of the document in its shard; offsets:
     how many documents stand before each shard. Written are the .drop files, a byte a row. A band of keys
@@ -557,7 +567,8 @@ def decide_near(work: Work, before: str, name: str, offsets: list[int], threshol
 def source_of(work: Work, before: str, offsets: list[int], number: int) -> str:
     """Where a document of the pass before comes from."""
     unit = int(np.searchsorted(offsets, number, side="right")) - 1
-    return str(next(islice(stored_documents(work.path(before, unit, "jsonl")), number - offsets[unit], None))["source"])
+    documents = stored_documents(work.path(before, unit, "jsonl"))
+    return str(next(islice(documents, number - offsets[unit], None))["source"])
 
 
 def twin_step(name: str, work: Work, decided: str, unit: int, offsets: list[int]) -> Step:
@@ -586,5 +597,6 @@ def lines_step(work: Work, unit: int) -> Step:
                 continue
             text = "".join(piece for piece, is_gone in zip(pieces, gone) if not is_gone)
             sample = "".join(piece for piece, is_gone in zip(pieces, gone) if is_gone)
-            yield Verdict(text if text.strip() else None, f"lines: {gone.sum()} of {sum(map(bool, pieces))}", sample)
+            why = f"lines: {gone.sum()} of {sum(map(bool, pieces))}"
+            yield Verdict(text if text.strip() else None, why, sample)
     return Step("repeated lines", judge)

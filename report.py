@@ -49,10 +49,11 @@ def table(report: dict) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfb; --soft: #6b6b6b; --line: #d9d9d4; --bar: #4a7db5;
-        --lost: #c8553d; }
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfb; --soft: #6b6b6b; --line: #d9d9d4;
+        --bar: #4a7db5; --lost: #c8553d; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e0; --paper: #17181a; --soft: #9a9a96; --line: #3a3b3e; --bar: #6c9fd6; --lost: #e07a5f; } }
+  :root { --ink: #e4e4e0; --paper: #17181a; --soft: #9a9a96; --line: #3a3b3e; --bar: #6c9fd6;
+          --lost: #e07a5f; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62em;
        margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -74,21 +75,25 @@ def page(report: dict) -> str:
     rows.append(row("read", *report["read"], "", "", bar(left / read, 0)))
     for step in report["steps"]:
         left -= step["bytes"]
-        rows.append(row(step["name"], step["documents"], step["bytes"], step["changed"], f"{step['seconds']:.2f}",
-                        bar(left / read, max(0, step["bytes"]) / read)))
+        drawn = bar(left / read, max(0, step["bytes"]) / read)
+        rows.append(row(step["name"], step["documents"], step["bytes"], step["changed"],
+                        f"{step['seconds']:.2f}", drawn))
     rows.append(row("kept", *report["kept"], "", "", bar(report["kept"][1] / read, 0)))
-    heads = "".join(f"<th>{head}" for head in ("step", "documents dropped", "bytes taken", "documents changed",
-                                               "seconds", "of all bytes: left, and taken here"))
+    heads = "".join(f"<th>{head}" for head in (
+        "step", "documents dropped", "bytes taken", "documents changed", "seconds",
+        "of all bytes: left, and taken here"))
     sections = "\n".join(map(section, filter(lambda step: step["reasons"], report["steps"])))
     settings = html.escape(json.dumps(report["settings"], ensure_ascii=False, indent=1))
     return (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>\n'
+            f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n'
+            f"<style>{STYLE}</style>\n"
             f"<h1>{title}</h1>\n<table>\n<tr>{heads}\n{''.join(rows)}</table>\n{sections}\n"
             f"<details><summary>settings</summary><pre>{settings}</pre></details>\n</html>\n")
 
 
 def row(name, documents, size, changed, seconds, drawn) -> str:
-    cells = (html.escape(name), f"{documents:,}", f"{size:,}", f"{changed:,}" if changed else "", seconds, drawn)
+    cells = (html.escape(name), f"{documents:,}", f"{size:,}", f"{changed:,}" if changed else "", seconds,
+             drawn)
     return "<tr>" + "".join(f"<td>{cell}" for cell in cells) + "\n"
 
 
@@ -101,10 +106,13 @@ def section(step: dict) -> str:
     """A step's reasons by how frequent they are, and its examples: what the reader unfolds."""
     reasons = ", ".join(f"{html.escape(reason)} {number:,}" for reason, number in
                         sorted(step["reasons"].items(), key=lambda item: (-item[1], item[0])))
-    examples = "".join(f'<div><b>{html.escape(example["source"])}</b> <span class="soft">{html.escape(example["why"])}'
-                       f'</span><pre>{html.escape(example["text"])}</pre></div>' for example in step["examples"])
-    return (f"<details><summary><b>{html.escape(step['name'])}</b> <span class=soft>{reasons}</span></summary>"
-            f"{examples}</details>")
+    examples = ""
+    for example in step["examples"]:
+        source, why, text = (html.escape(example[key]) for key in ("source", "why", "text"))
+        examples += f'<div><b>{source}</b> <span class="soft">{why}</span><pre>{text}</pre></div>'
+    name = html.escape(step["name"])
+    return (f'<details><summary><b>{name}</b> <span class="soft">{reasons}</span></summary>{examples}'
+            f"</details>")
 
 
 def write(folder: Path, report: dict) -> None:

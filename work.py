@@ -2,11 +2,12 @@
 
     torchrun --nproc-per-node 8 data.py …        # or any launcher that sets RANK and WORLD_SIZE
 
-A stage is a function of a unit's number, which writes files <stage>.<unit>.… and returns what is to be known of
-them. Process r of N does the units r, r + N, r + 2 N, …; once a unit's files are whole, a mark <stage>.<unit>.json
-says so. Everyone who needs the stage waits until all its marks are there. That is all: no connection between the
-processes but the disk they share, no torch. Started again after a kill, by any number of processes, units with a
-mark are passed over. As a unit's result may depend on the unit alone, N leaves no trace in it.
+A stage is a function of a unit's number, which writes files <stage>.<unit>.… and returns what is to be known
+of them. Process r of N does the units r, r + N, r + 2 N, …; once a unit's files are whole, a mark
+<stage>.<unit>.json says so. Everyone who needs the stage waits until all its marks are there. That is all: no
+connection between the processes but the disk they share, no torch. Started again after a kill, by any number
+of processes, units with a mark are passed over. As a unit's result may depend on the unit alone, N leaves no
+trace in it.
 """
 import hashlib
 import json
@@ -35,8 +36,8 @@ class Work:
     def path(self, stage: str, unit: int | None, suffix: str) -> Path:
         return self.folder / (f"{stage}.{suffix}" if unit is None else f"{stage}.{unit:05}.{suffix}")
 
-    def each(self, stage: str, units: int, function: Callable[[int], dict], key: Callable[[int], str] | None = None,
-             wait: bool = True) -> list[dict]:
+    def each(self, stage: str, units: int, function: Callable[[int], dict],
+             key: Callable[[int], str] | None = None, wait: bool = True) -> list[dict]:
         """Have function(unit) done for all units, by all processes; return what it returned, by unit.
 
         key: of a unit, where that depends on less than all of the work. wait: for the others' units; else [].
@@ -59,7 +60,8 @@ class Work:
             self.path(stage, unit, "json").unlink(missing_ok=True)
             result = function()
         except BaseException as error:
-            (self.folder / f"failed.{self.rank}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+            message = f"{type(error).__name__}: {error}"
+            (self.folder / f"failed.{self.rank}").write_text(message, encoding="utf-8")
             raise
         prefix = self.path(stage, unit, "").name
         files = {path.name: path.stat().st_size for path in self.folder.iterdir()
@@ -68,7 +70,7 @@ class Work:
             json.dump({"key": key, "files": files, "result": result}, file, ensure_ascii=False)
 
     def result(self, stage: str, unit: int | None, key: str) -> dict | None:
-        """What a finished unit returned; None where it is to be done: no mark, another key, a file not whole."""
+        """What a finished unit returned; None if it is to be done: no mark, another key, a file not whole."""
         try:
             mark = json.loads(self.path(stage, unit, "json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -103,8 +105,8 @@ def place() -> tuple[int, int]:
     except ValueError:
         rank, world_size = 0, 0
     if not 0 <= rank < world_size:
-        raise UserError(f"RANK {os.environ.get('RANK')} of WORLD_SIZE {os.environ.get('WORLD_SIZE')}: a launcher "
-                        f"sets both, RANK from 0 up to WORLD_SIZE - 1")
+        raise UserError(f"RANK {os.environ.get('RANK')} of WORLD_SIZE {os.environ.get('WORLD_SIZE')}: a "
+                        f"launcher sets both, RANK from 0 up to WORLD_SIZE - 1")
     return rank, world_size
 
 

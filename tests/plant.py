@@ -1,14 +1,12 @@
-"""Does cleaning help? Plant junk in good text, to train on it raw and cleaned, against the same held-out documents.
+"""Does cleaning help? Plant junk in good text, to train on it raw and cleaned, and test on the same text.
 
-    python data.py                                                   # runs/data: the good text, held-out and all
-    python tests/plant.py --out runs/planted.jsonl                   # its train documents and 30 % junk
-    python data.py --input runs/planted.jsonl --tokenizer runs/data --out runs/raw
-    python data.py --input runs/planted.jsonl --tokenizer runs/data --out runs/cleaned \\
-        --near 0.8 --lines 60 --quality web --rules … (see --commands)
+    python data.py                              # runs/data: the good text, and what is held out of it
+    python tests/plant.py                       # runs/planted.jsonl: its train documents, and 30 % junk
+    python tests/plant.py --commands | sh       # all that is to be run, these two and the training included
 
-`--commands` prints all that is to be run, training included. The junk: copies of documents with some words
-changed (near-duplicates), pages of one boilerplate with a little text, and gibberish; a third of its bytes each.
-Train steps, tokens a step and the held-out text are equal, so what differs is what the tokens are spent on.
+The junk: copies of documents with some words changed (near-duplicates), pages of one boilerplate with a few
+lines of text, and gibberish; a third of its bytes each. Steps, tokens a step and the held-out text are equal, so what
+differs is what the tokens are spent on.
 """
 import json
 import random
@@ -51,10 +49,10 @@ def near_copy(text: str, rng: random.Random) -> str:
 
 FOOTER = "".join(f"# {sentence}\n" for sentence in (
     "Sign up for our newsletter to hear of new files before everybody else does, twice a week, for free",
-    "By reading this page you accept that it is read, and that reading it may be counted and shared with partners",
-    "Related files that other readers looked at after this one: first steps, more steps, and the steps after these",
-    "Copyright by those who hold it; all rights that can be reserved are reserved, in all countries and elsewhere",
-    "Back to the top of the page, or to the page before, or to the list of all the pages that there are to read"))
+    "By reading this page you accept that it is read, and that reading may be counted and shared with others",
+    "Related files that other readers looked at after this one: first steps, more steps, and the next steps",
+    "Copyright by those who hold it; all rights that can be reserved are reserved, here and elsewhere",
+    "Back to the top of the page, or to the page before, or to the list of all pages that there are to read"))
 
 
 def boilerplate(text: str, rng: random.Random) -> str:
@@ -67,13 +65,15 @@ def boilerplate(text: str, rng: random.Random) -> str:
 def gibberish(rng: random.Random) -> str:
     """Lines of random characters, as of a binary file that was taken for text."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789+/=#@~^|<>{}[]%$&*;:"
-    return "".join("".join(rng.choices(letters, k=rng.randint(20, 200))) + "\n" for _ in range(rng.randint(5, 60)))
+    return "".join("".join(rng.choices(letters, k=rng.randint(20, 200))) + "\n"
+                   for _ in range(rng.randint(5, 60)))
 
 
 def planted(documents: list[dict], share: float, seed: int) -> list[dict]:
     """The documents and junk among them, so much that it is `share` of all bytes, in random order."""
     rng, result = random.Random(seed), [document | {"planted": "good"} for document in documents]
-    wanted = share / (1 - share) * sum(len(document["text"].encode("utf-8")) for document in documents) / len(KINDS)
+    good = sum(len(document["text"].encode("utf-8")) for document in documents)
+    wanted = share / (1 - share) * good / len(KINDS)
     for kind in KINDS:
         size = 0
         while size < wanted:
@@ -88,11 +88,16 @@ def planted(documents: list[dict], share: float, seed: int) -> list[dict]:
 
 def commands(settings: Settings) -> str:
     """The experiment. The held-out text is that of `data`: a source of the mixture that gives no windows."""
-    text = [f"python data.py --out {settings.data}", f"python tests/plant.py --data {settings.data}"]
-    for kind, steps in (("raw", ""), ("cleaned", " --near 0.8 --lines 60 --quality code")):
-        text += [f"python data.py --input {settings.out} --tokenizer {settings.data} --out runs/{kind}{steps}",
-                 f'python mixture.py --sources held_out={settings.data} text=runs/{kind} --phases "100% text" '
-                 f"--out runs/{kind}.json"]
+    cleaning = " --near 0.8 --lines 60 --quality code --perplexity runs/perplexity"
+    text = [f"python data.py --out {settings.data}",
+            f"python tests/plant.py --data {settings.data} --out {settings.out} --share {settings.share}",
+            f"python perplexity.py --train {settings.data}/train.jsonl --low 0 --high 100 --out runs/perplexity"]
+    for kind, steps in (("raw", ""), ("cleaned", cleaning)):
+        text += [f"python data.py --input {settings.out} --tokenizer {settings.data} --out runs/{kind}"
+                 + steps,
+                 f"python tests/plant.py --left runs/{kind}",
+                 f"python mixture.py --sources held_out={settings.data} text=runs/{kind} "
+                 f'--phases "100% text" --out runs/{kind}.json']
         text += [f"python train.py --data runs/{kind}.json --steps {settings.steps} --seed {seed} --out "
                  f"runs/{kind}-{seed}" for seed in range(settings.seeds)]
     return "\n".join(text)
@@ -117,7 +122,8 @@ def main():
     out = Path(settings.out)
     if out.exists() and not settings.overwrite:
         raise UserError(f"--out {out} exists; pass --overwrite to replace it")
-    documents = planted(list(stored_documents(Path(settings.data, "train.jsonl"))), settings.share, settings.seed)
+    good = list(stored_documents(Path(settings.data, "train.jsonl")))
+    documents = planted(good, settings.share, settings.seed)
     write_documents(out, documents)
     sizes = dict.fromkeys(("good", *KINDS), 0)
     for document in documents:

@@ -202,7 +202,8 @@ def test_the_default_corpus_is_importable_modules_of_the_standard_library_alone(
 
 def split_of(folder, documents, val_fraction=0.2):
     folder.mkdir(exist_ok=True)
-    data.write_splits([folder / f"{split}.jsonl" for split in data.SPLITS], documents, int(val_fraction * 2**128))
+    paths = [folder / f"{split}.jsonl" for split in data.SPLITS]
+    data.write_splits(paths, documents, int(val_fraction * 2**128))
     return {document["text"]: split for split in data.SPLITS for document in stored(folder, split)}
 
 

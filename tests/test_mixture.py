@@ -301,9 +301,9 @@ def test_the_command_writes_and_draws_a_mixture_or_says_in_a_line_why_not(tmp_pa
 
 def small_run(tmp_path, **settings):
     return train.Settings(**dict(
-        data=str(tmp_path / "mix.json"), out=str(tmp_path / "run"), preset="tiny", seq_len=10, dim=16, n_layers=1,
-        n_heads=2, n_kv_heads=1, ffn_dim=16, batch_size=4, steps=12, bigram_steps=0, save_every=5, device="cpu",
-        precision="fp32") | settings)
+        data=str(tmp_path / "mix.json"), out=str(tmp_path / "run"), preset="tiny", seq_len=10, dim=16,
+        n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, batch_size=4, steps=12, bigram_steps=0, save_every=5,
+        device="cpu", precision="fp32") | settings)
 
 
 def train_on(settings):

@@ -63,23 +63,24 @@ def test_quality_rules_are_those_of_the_source(tmp_path):
 
 
 def test_a_rule_can_be_changed_or_switched_off(tmp_path):
-    short = "The end of the day and that was to be all. The lantern burned. Nobody came. Winter was long. It snowed.\n"
+    short = ("The end of the day and that was to be all. The lantern burned. Nobody came. Winter was long. "
+             "It snowed.\n")
     for rules, count in (((), 1), (("words=5:",), 2)):
         kept, _, _ = run(tmp_path, [sentences(0), short], quality="web", rules=rules)
         assert len(kept) == count
 
 
 def test_web_pages_lose_their_boilerplate_first(tmp_path):
-    kept, told, _ = run(tmp_path, [sentences(0) + "Home | About | Contact\nPlease enable javascript to see this.\n"],
-                        quality="web", val_fraction=0.01)
+    page = sentences(0) + "Home | About | Contact\nPlease enable javascript to see this.\n"
+    kept, told, _ = run(tmp_path, [page], quality="web", val_fraction=0.01)
     assert step(told, "web lines")["changed"] == 1 and "javascript" not in "".join(kept.values())
 
 
 def test_personal_data_is_replaced_and_much_of_it_drops_the_document(tmp_path):
     listed = "".join(f"person{n}@mail{n}.org\n" for n in range(6))
-    kept, told, _ = run(tmp_path, [sentences(0) + "Write to ann@mail.org.", sentences(1) + listed], redact=True)
-    assert [text[-26:] for text in kept.values()] == ["Write to [EMAIL_ADDRESS]."[-26:]] or \
-        "[EMAIL_ADDRESS]" in "".join(kept.values())
+    texts = [sentences(0) + "Write to ann@mail.org.", sentences(1) + listed]
+    kept, told, _ = run(tmp_path, texts, redact=True)
+    assert "Write to [EMAIL_ADDRESS]." in "".join(kept.values())
     found = step(told, "personal data")
     assert (found["documents"], found["changed"]) == (1, 1) and "6 found, at most 5" in str(found["examples"])
 
@@ -123,20 +124,22 @@ def test_lines_across_shards_are_those_that_dedup_cuts(tmp_path):
 @pytest.mark.parametrize("action", ["drop", "cut"])
 def test_what_stands_in_a_benchmark_is_dropped_or_cut_with_the_words_named(tmp_path, action):
     question = "If seven lanterns burn for eleven nights on nine litres of oil how many burn for three?"
-    write_documents(tmp_path / "test.jsonl", [{"text": "Another question, of no interest to anybody in this file."},
-                                              {"text": question}])
+    other = "Another question, of no interest to anybody in this file."
+    write_documents(tmp_path / "test.jsonl", [{"text": other}, {"text": question}])
     texts = [sentences(0), "Before it. " + question.upper() + " After it. " + sentences(1)]
     kept, told, _ = run(tmp_path, texts, benchmark=(str(tmp_path / "test.jsonl"),), contaminated=action,
                         val_fraction=0.01)
     found = step(told, "benchmark")
     assert (found["documents"], found["changed"]) == ((1, 0) if action == "drop" else (0, 1))
-    assert found["examples"][0]["why"].endswith("test.jsonl: item 1") and "lanterns burn" in str(found["examples"])
+    assert found["examples"][0]["why"].endswith("test.jsonl: item 1")
+    assert "lanterns burn" in str(found["examples"])
     assert "SEVEN" not in "".join(kept.values())
 
 
 def test_passages_that_stood_before_are_cut(tmp_path):
     passage = sentences(9, 5)
-    kept, told, _ = run(tmp_path, [sentences(0) + passage, sentences(1) + passage], passages=200, val_fraction=1e-6)
+    kept, told, _ = run(tmp_path, [sentences(0) + passage, sentences(1) + passage], passages=200,
+                        val_fraction=1e-6)
     assert step(told, "passages")["changed"] == 1
     assert "".join(kept.values()).count(passage[:100]) == 1
 
@@ -160,7 +163,7 @@ def test_without_a_step_asked_for_the_funnel_is_empty_tables_and_duplicates(tmp_
 @pytest.mark.parametrize("band", [1, 7, 10**6])
 @pytest.mark.parametrize("seed", range(3))
 def test_repeated_keys_are_found_band_by_band_as_by_brute_force(tmp_path, monkeypatch, seed, band):
-    monkeypatch.setattr(pipeline, "BAND", band)              # how many keys are sorted at once changes nothing
+    monkeypatch.setattr(pipeline, "BAND", band)              # how many are sorted at once changes nothing
     rng = np.random.default_rng(seed)
     shared = pipeline.Work(tmp_path)
     values = rng.integers(0, 2**64, 12, dtype=np.uint64)
@@ -189,7 +192,8 @@ def write_shards(folder, shards=4, seed=0):
     (folder / "in").mkdir()
     rng = random.Random(seed)
     texts = [sentences(n) for n in range(40)]
-    texts += [texts[n] for n in (3, 17)] + [texts[n].replace("The ", "the ").replace("\n", "\n\n") for n in (5, 20)]
+    texts += [texts[n] for n in (3, 17)]
+    texts += [texts[n].replace("The ", "the ").replace("\n", "\n\n") for n in (5, 20)]
     texts += ["contact: someone@somewhere.org, as it was.\n" + sentences(99)]
     rng.shuffle(texts)
     for n in range(shards):
@@ -197,16 +201,17 @@ def write_shards(folder, shards=4, seed=0):
         write_documents(folder / "in" / f"{n}.jsonl{'.gz' * (n % 2)}", documents)
 
 
-STEPS = ("--quality", "web", "--near", "0.8", "--lines", "60", "--redact", "--vocab_size", "300", "--workers", "1",
-         "--val_fraction", "0.1")
+STEPS = ("--quality", "web", "--near", "0.8", "--lines", "60", "--redact", "--vocab_size", "300",
+         "--workers", "1", "--val_fraction", "0.1")
 
 
 def start(folder, out, rank=0, world_size=1, shard_bytes=1):
     """data.py in a process of its own, as torchrun starts it."""
     environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     return subprocess.Popen(
-        [sys.executable, ROOT / "data.py", "--input", folder / "in", "--out", folder / out, *STEPS, "--shard_bytes",
-         str(shard_bytes)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        [sys.executable, ROOT / "data.py", "--input", folder / "in", "--out", folder / out, *STEPS,
+         "--shard_bytes", str(shard_bytes)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        encoding="utf-8")
 
 
 def finish(processes):
@@ -264,7 +269,8 @@ def test_a_run_that_was_stopped_goes_on_from_its_finished_shards(tmp_path, monke
     write_shards(tmp_path)
     expected, _, _ = run(tmp_path, out="expected", near=0.8, shard_bytes=1)
     interrupted(tmp_path, monkeypatch, unit=2)
-    assert "the same command goes on from there" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert "the same command goes on from there" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out.tmp" / "work" / "near.00001.jsonl").unlink()
     done, original = [], pipeline.run_pass
     monkeypatch.setattr(pipeline, "run_pass", lambda one, *arguments: done.append(

@@ -188,7 +188,7 @@ def test_near_duplicates_equal_all_pairs_compared(seed, threshold):
 
 @given(strategies.lists(strategies.text(alphabet="ab ", max_size=12), max_size=12), strategies.integers(1, 3),
        strategies.sampled_from([0.3, 0.5, 0.75, 1.0]))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_near_duplicates_of_any_small_texts_equal_all_pairs(texts, ngram, threshold):
     fast = near_duplicates(texts, threshold, num_hashes=128, bands=128, ngram=ngram)
     assert fast.tolist() == near_duplicates_plain(texts, threshold, ngram).tolist()

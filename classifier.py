@@ -23,7 +23,7 @@ import config
 from config import UserError
 from ngrams import character_ngrams, load_arrays, prose, save_arrays, word_ngrams
 
-BITS = 20
+BITS = 18
 FEATURES = {  # (n-grams of words, n-grams of characters) by their lengths
     "words": ((1, 2), ()),
     "characters": ((), (2, 3, 4)),

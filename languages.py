@@ -8,7 +8,7 @@ A script is a range of Unicode: Hangul is Korean, kana Japanese, and no model is
 of one script a naive Bayes model chooses: each language is the distribution of its n-grams of 1 to 4
 characters, and a text belongs to the one under which it is most probable (Dunning 1994, "Statistical
 identification of language"; Lui & Baldwin 2012, langid.py). Training is counting. By default, all of
-258 held-out pieces of 200 characters are right, at 16 MB/s.
+336 held-out pieces of 200 characters are right, at 16 MB/s.
 """
 import math
 import re

@@ -234,8 +234,7 @@ def is_international(text: str) -> bool:
 
 IDENTITY = re.compile(r"(?<![A-Za-z0-9])[1-8]\d{5}(?:19|20)\d\d[01]\d[0-3]\d{4}[\dXx](?![A-Za-z0-9])")
 PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66),
-             71,
-             81, 82, 83}
+             71, 81, 82, 83}
 WEIGHTS = [pow(2, 17 - i, 11) for i in range(17)]
 
 

@@ -3,10 +3,10 @@
     python classifier.py --good reference.jsonl --bad junk.jsonl       # learns; prints precision and recall
     python classifier.py                                               # offline: docstrings, and spoiled ones
 
-A text is the mean of the weights of its n-grams, and a sigmoid (Joulin et al. 2016, "Bag of Tricks for Efficient
-Text Classification", https://arxiv.org/abs/1607.01759; without fastText's hidden layer, which has no bend in it
-and for two classes adds nothing). Trained in seconds, it judges megabytes a second: the filter of GPT-3's
-corpus, DCLM and others, for quality or for toxicity, by what is given as good and bad.
+A text is the mean of the weights of its n-grams, and a sigmoid (Joulin et al. 2016, "Bag of Tricks for
+Efficient Text Classification", https://arxiv.org/abs/1607.01759; without fastText's hidden layer, which has
+no bend in it and for two classes adds nothing). Trained in seconds, it judges megabytes a second: the filter
+of GPT-3's corpus, DCLM and others, for quality or for toxicity, by what is given as good and bad.
 
 The data is cut in three: texts to learn from, texts on which the threshold is chosen, so that the stated
 share of what is kept is good (precision), and texts on which both are measured. Three classifiers of
@@ -23,7 +23,7 @@ import config
 from config import UserError
 from ngrams import character_ngrams, load_arrays, prose, save_arrays, word_ngrams
 
-BITS = 20
+BITS = 18
 FEATURES = {  # (n-grams of words, n-grams of characters) by their lengths
     "words": ((1, 2), ()),
     "characters": ((), (2, 3, 4)),
@@ -54,9 +54,9 @@ class Classifier:
         return (1 / (1 + np.exp(-np.array(logits, np.float64) - self.bias))).astype(np.float32)
 
     @staticmethod
-    def train(texts: Sequence[str], good: Sequence[bool], kind: str = "both", epochs: int = 5, lr: float = 0.2,
-              batch_size: int = 32, seed: int = 0) -> "Classifier":
-        """Learn from texts and whether each is good: logistic loss, Adagrad: a rare n-gram learns as far as a frequent one.
+    def train(texts: Sequence[str], good: Sequence[bool], kind: str = "both", epochs: int = 5,
+              lr: float = 0.2, batch_size: int = 32, seed: int = 0) -> "Classifier":
+        """Learn from texts and whether each is good: logistic loss, Adagrad, for the rare n-grams.
 
         A weight counts 1/sqrt(number of n-grams) rather than 1/number, so short and long texts move alike.
         """
@@ -96,7 +96,8 @@ class Classifier:
 
 
 def precision_and_recall(kept: np.ndarray, good: np.ndarray) -> tuple[float, float]:
-    """(share of the kept that are good, share of the good that are kept); precision 1 where nothing is kept."""
+    """(share of the kept that are good, share of the good that are kept); precision 1 where nothing is
+    kept."""
     right = int((kept & good).sum())
     return right / max(int(kept.sum()), 1) if kept.any() else 1.0, right / max(int(good.sum()), 1)
 
@@ -117,8 +118,8 @@ def threshold_for(scores: np.ndarray, good: np.ndarray, precision: float) -> flo
 
 def votes(classifiers: Sequence[Classifier], texts: Sequence[str], at_least: int | None = None) -> np.ndarray:
     """(N,) bool: whether at_least of the classifiers, default more than half, keep a text."""
-    ballots = sum((classifier.scores(texts) >= classifier.threshold).astype(int) for classifier in classifiers)
-    return ballots >= (len(classifiers) // 2 + 1 if at_least is None else at_least)
+    ballots = [classifier.scores(texts) >= classifier.threshold for classifier in classifiers]
+    return np.sum(ballots, axis=0) >= (len(classifiers) // 2 + 1 if at_least is None else at_least)
 
 
 # ---- 3. The default texts: docstrings, and what can go wrong with them -------------------------------------
@@ -187,11 +188,11 @@ def labelled(settings: Settings) -> dict[str, tuple[list[str], np.ndarray]]:
         [{**piece, "text": spoiled(piece["text"], settings.seed)} for piece in good]
     parts = {}
     for part in ("learn", "choose", "measure"):
-        both = [(piece["text"], is_good) for pieces, is_good in ((good, True), (bad, False)) for piece in pieces
-                if part_of(piece["source"]) == part]
+        both = [(piece["text"], is_good) for pieces, is_good in ((good, True), (bad, False))
+                for piece in pieces if part_of(piece["source"]) == part]
         parts[part] = [text for text, _ in both], np.array([is_good for _, is_good in both], bool)
         if len(set(parts[part][1].tolist())) < 2:
-            raise UserError(f"too few texts: none that are good, or none that are bad, are left to {part} from")
+            raise UserError(f"too few texts: none that are good, or none that are bad, is left to {part}")
     return parts
 
 
@@ -210,8 +211,10 @@ def main():
         classifier.threshold = threshold_for(classifier.scores(choose), is_good, settings.precision)
         classifier.save(Path(settings.out, f"{kind}.npz"))
         classifiers.append(classifier)
-        report(kind, classifier.scores(texts) >= classifier.threshold, good, f"threshold {classifier.threshold:.3f}")
-    report("vote", votes(classifiers, texts), good, f"at least {len(classifiers) // 2 + 1} of {len(classifiers)}")
+        kept = classifier.scores(texts) >= classifier.threshold
+        report(kind, kept, good, f"threshold {classifier.threshold:.3f}")
+    majority = f"at least {len(classifiers) // 2 + 1} of {len(classifiers)}"
+    report("vote", votes(classifiers, texts), good, majority)
 
 
 def report(name: str, kept: np.ndarray, good: np.ndarray, note: str):

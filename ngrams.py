@@ -4,9 +4,9 @@
     >>> counts = np.bincount(buckets, minlength=1 << 18)
 
 With hashing there is no vocabulary to build, to store, or to run out of (Weinberger et al. 2009,
-https://arxiv.org/abs/0902.2206); that two n-grams may share a bucket costs little. The hash is stated below, so a
-model that was saved means the same on every machine. languages.py and classifier.py learn from these; the
-texts that they learn from by default, and the file that they are saved to, are here too.
+https://arxiv.org/abs/0902.2206); that two n-grams may share a bucket costs little. The hash is stated below,
+so a model that was saved means the same on every machine. languages.py and classifier.py learn from these;
+the texts that they learn from by default, and the file that they are saved to, are here too.
 """
 import json
 import re
@@ -25,7 +25,7 @@ SHIFT = np.uint64(29)
 
 
 def character_ngrams(text: str, lengths: Iterable[int] = (1, 2, 3, 4), bits: int = 18) -> np.ndarray:
-    """The bucket of each n-gram of characters, for all lengths: small letters, one space for all white space."""
+    """The bucket of each n-gram of characters, in small letters, one space for all white space."""
     plain = f" {' '.join(text.lower().split())} "
     codes = np.frombuffer(plain.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     return hashed(codes, lengths, bits)
@@ -109,7 +109,8 @@ def load_arrays(path, kind: str) -> tuple[dict[str, np.ndarray], dict]:
         found = about["kind"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it is written by {kind}.py") from None
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile,
+            zlib.error):
         raise UserError(f"{path} is not a file that {kind}.py wrote, or is damaged") from None
     if found != kind:
         raise UserError(f"{path} was written by {found}.py, not by {kind}.py")

@@ -3,23 +3,23 @@
     python perplexity.py                                        # learns from docstrings, shows what it drops
     python perplexity.py --train my_texts/ --out runs/perplexity --order 4
     python perplexity.py --model runs/perplexity --input crawl.jsonl
-    python perplexity.py --model runs/base --input crawl.jsonl --train my_texts/      # one of our models instead
+    python perplexity.py --model runs/base --input crawl.jsonl --train my_texts/  # a model of ours
 
 What is gibberish surprises a model of good text, what is boilerplate does not surprise it at all. So CCNet
 (Wenzek et al. 2020, https://arxiv.org/abs/1911.00359) ranks a crawl by perplexity under a 5-gram model of
 Wikipedia. Here too: bits per byte, so that long and short tokens compare, and bounds that are percentiles of
-held-out good texts: of those the filter drops as many as the percentiles say, by construction; of others what
+held-out good texts (1 and 95): of those it drops as many as the percentiles say, by construction; of others what
 lies outside.
 
-The model (Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques for Language Modeling", section 4.1.6;
-tokens are ours, of bpe.py). For n-grams of k tokens, with context h and word w:
+The model (Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques for Language Modeling", section
+4.1.6; tokens are ours, of bpe.py). For n-grams of k tokens, with context h and word w:
 
     P_k(w | h) = max(c(hw) - D(c), 0) / c(h.) + gamma(h) P_k-1(w | h without its first word)
 
-c counts occurrences at the highest order; below it counts the different words that stand before hw: in how many
-places is it new? "Francisco" is frequent, but only behind "San", so as a guess for an unknown context it is a
-poor one. D is taken off every count, more off higher ones, and gamma hands what was taken to the lower order.
-Nothing here is a dictionary: counting is sorting, and all texts are looked up at once.
+c counts occurrences at the highest order; below it counts the different words that stand before hw: in how
+many places is it new? "Francisco" is frequent, but only behind "San", so as a guess for an unknown context it
+is a poor one. D is taken off every count, more off higher ones, and gamma hands what was taken to the lower
+order. Nothing here is a dictionary: counting is sorting, and all texts are looked up at once.
 """
 import math
 from collections import Counter
@@ -44,9 +44,9 @@ from quality import corpus
 @dataclass
 class Level:
     """The k-grams of one order k >= 2, sorted."""
-    keys: np.ndarray  # (N,) int64: the context's number times (V + 1), plus the last token; a place in it is a number
+    keys: np.ndarray  # (N,) int64: the context's number times (V + 1), plus the last token
     p: np.ndarray  # (N,) float32: the first term of P_k
-    gamma: np.ndarray  # (number of (k-1)-grams,) float32: what a context leaves to the lower order; 1 where unseen
+    gamma: np.ndarray  # (number of (k-1)-grams,): what a context leaves to the lower order
 
 
 @dataclass
@@ -120,8 +120,9 @@ class NgramModel:
         arrays, about = load_arrays(Path(folder, "model.npz"), "perplexity")
         levels = [Level(*(arrays[f"{name}{k}"] for name in ("keys", "p", "gamma")))
                   for k in range(2, about["order"] + 1)]
-        return NgramModel(about["vocab_size"], arrays["unigram"], levels,
-                          metaspace.load_tokenizer(Path(folder, "tokenizer.json")), tuple(about["bounds"] or ()) or None)
+        tokenizer = metaspace.load_tokenizer(Path(folder, "tokenizer.json"))
+        return NgramModel(about["vocab_size"], arrays["unigram"], levels, tokenizer,
+                          tuple(about["bounds"] or ()) or None)
 
 
 def padded(documents: Iterable[np.ndarray], order: int, vocab_size: int) -> np.ndarray:
@@ -147,8 +148,8 @@ def discounted(counts: np.ndarray, contexts: np.ndarray, num_contexts: int) -> t
 def discounts(counts: np.ndarray) -> np.ndarray:
     """D1, D2, D3+ from how many n-grams occur once, twice, three and four times (Chen & Goodman, Eq. 26).
 
-    D_j = j - (j + 1) Y n_j+1 / n_j with Y = n1 / (n1 + 2 n2). Where a corpus is so small that a number is zero or
-    a discount out of (0, j): half a count, one, one and a half.
+    D_j = j - (j + 1) Y n_j+1 / n_j with Y = n1 / (n1 + 2 n2). Where a corpus is so small that a number is
+    zero or a discount out of (0, j): half a count, one, one and a half.
     """
     n1, n2, n3, n4 = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].astype(float)
     found = []
@@ -181,7 +182,8 @@ def percentile_bounds(bits: np.ndarray, low: float = 1.0, high: float = 99.0) ->
 
 
 def perplexity_problem(bits: float, bounds: tuple[float, float]) -> str | None:
-    """The reason to drop a text of so many bits per byte, None where it stays; nan, of an empty text, stays."""
+    """The reason to drop a text of so many bits per byte, None where it stays; nan, of an empty text,
+    stays."""
     low, high = bounds
     return (f"bits_per_byte: {bits:.3f}, at least {low:.3f}" if bits < low else
             f"bits_per_byte: {bits:.3f}, at most {high:.3f}" if bits > high else None)
@@ -241,7 +243,8 @@ def main():
         raise UserError(f"{settings.out} holds a model; pass --overwrite to replace it, or another --out")
     learned, for_bounds, others = three_parts(settings)
     tokenizer = Tokenizer.train(learned, settings.vocab_size, workers=1)
-    encoded = [np.array(tokenizer.encode(text), np.int64) for text in tqdm(learned, "encode", delay=1, disable=None)]
+    encoded = [np.array(tokenizer.encode(text), np.int64)
+               for text in tqdm(learned, "encode", delay=1, disable=None)]
     model = NgramModel.train(encoded, tokenizer.vocab_size, settings.order)
     model.tokenizer = tokenizer
     bits = model.bits_per_byte(for_bounds)
@@ -260,8 +263,8 @@ def three_parts(settings: Settings) -> list[list[str]]:
     for piece in prose(settings.train):
         parts[part_of(piece["source"])].append(piece["text"])
     if not all(parts.values()):
-        raise UserError(f"{sum(map(len, parts.values()))} texts of 200 characters are too few to learn from and "
-                        f"to hold some out; give more to --train")
+        raise UserError(f"{sum(map(len, parts.values()))} texts of 200 characters are too few to learn from "
+                        f"and to hold some out; give more to --train")
     return list(parts.values())
 
 
@@ -274,7 +277,8 @@ def show_drops(model: NgramModel, texts: list[str], seed: int):
     for name, spoil in spoilers.items():
         bits = model.bits_per_byte([spoil(text) for text in texts])
         dropped = np.mean([perplexity_problem(value, model.bounds) is not None for value in bits])
-        print(f"{name:20} {dropped:6.1%} of {len(texts):,} dropped; bits per byte, median {np.nanmedian(bits):.3f}")
+        print(f"{name:20} {dropped:6.1%} of {len(texts):,} dropped; bits per byte, median "
+              f"{np.nanmedian(bits):.3f}")
 
 
 def repeated_line(text: str) -> str:
@@ -287,7 +291,8 @@ def judge(settings: Settings):
     is_ours = Path(settings.model, "model.npz").exists()
     model = NgramModel.load(settings.model) if is_ours else ModelScorer(settings.model)
     bounds = model.bounds if is_ours else percentile_bounds(
-        model.bits_per_byte([document["text"] for document in corpus(settings.train)]), settings.low, settings.high)
+        model.bits_per_byte([document["text"] for document in corpus(settings.train)]), settings.low,
+        settings.high)
     counts = Counter()
     for document in corpus(settings.input):
         problem = perplexity_problem(model.bits_per_byte([document["text"]])[0], bounds)

@@ -3,13 +3,14 @@
     >>> redact_pii("Ask ann@mail.org or call +44 20 7946 0958 (version 1.2.3.4).")
     ('Ask [EMAIL_ADDRESS] or call [PHONE_NUMBER] (version 1.2.3.4).', {'EMAIL_ADDRESS': 1, 'PHONE_NUMBER': 1})
 
-    python privacy.py                             # precision and recall by kind, on the labelled lines of tests/
-    python privacy.py --input my_texts/           # what there is in a corpus, by kind
+    python privacy.py                    # precision and recall by kind, on the labelled lines of tests/
+    python privacy.py --input my_texts/  # what there is in a corpus, by kind
 
-Addresses of e-mail, IPv4 and IPv6 (those that Python's `ipaddress` accepts), telephone numbers (international,
-North American, Chinese; others behind a word such as "tel."), Chinese identity numbers by their checksum, and
-keys to services. Up to five in a document are replaced, six or more drop it: a list of people is no text to
-learn from (Dolma's rule: Soldaini et al. 2024, https://arxiv.org/abs/2402.00159, section 3). About 30 MB/s on
+Addresses of e-mail, IPv4 and IPv6 (those that Python's `ipaddress` accepts), telephone numbers
+(international, North American, Chinese; others behind a word such as "tel."), Chinese identity numbers by
+their checksum, and keys to services. Up to five in a document are replaced, six or more drop it: a list of
+people is no text to learn from (Dolma's rule: Soldaini et al. 2024, https://arxiv.org/abs/2402.00159, section
+3). About 25 MB/s on
 one core. Not found: names, street addresses, "ann at mail dot org".
 
 What shapes alone cannot tell, the surroundings do: 1.2.3.4 is a version behind the word, x[::2] a slice. Each
@@ -29,7 +30,8 @@ MOST = 5  # finds in a document that is kept
 
 
 def redact_pii(text: str, reserved: bool = True) -> tuple[str, dict[str, int]]:
-    """(the text with a placeholder for each find, {kind: how many}); the dict is empty where nothing was found.
+    """(the text with a placeholder for each find, {kind: how many}); the dict is empty where nothing was
+    found.
 
     reserved: replace also what belongs to nobody: private and loopback networks, example.com, 555-01xx. False
     spares them, as in source code, which is full of them. Doing it twice equals doing it once: a placeholder
@@ -53,7 +55,8 @@ def pii_problem(counts: Mapping[str, int], most: int = MOST) -> str | None:
 
 
 def find_pii(text: str, reserved: bool = True) -> list[tuple[int, int, str]]:
-    """The finds as (start, end, kind), in order. Of two that overlap one counts: the earlier, or the longer."""
+    """The finds as (start, end, kind), in order. Of two that overlap one counts: the earlier, or the
+    longer."""
     found = sorted((start, -end, kind) for detect in (keys, emails, numbers, ipv6)
                    for start, end, kind in detect(text, reserved))
     kept, reached = [], 0
@@ -73,12 +76,14 @@ def before(text: str, position: int, width: int = 40) -> str:
 # Found from the @ outwards: a pattern that began with the name would be tried at each word of the text.
 
 LOCAL_PART = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._%+\-]*\Z")
-DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})(?![A-Za-z0-9_])")
+DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})"
+                    r"(?![A-Za-z0-9_])")
 # Beside those of countries, which have two letters. A list, as x@self.weight and icon@2x.png are no addresses
-TOP_LEVEL = set("com org net edu gov mil int info biz name pro mobi tel asia cat jobs aero museum coop travel app dev "
-                "xyz online site tech store blog cloud shop club top wang vip work group email company agency digital "
-                "media news studio design world today live life space website solutions systems services software "
-                "science health care law bank berlin london tokyo example test invalid localhost local".split())
+TOP_LEVEL = set("com org net edu gov mil int info biz name pro mobi tel asia cat jobs aero museum coop "
+                "travel app dev xyz online site tech store blog cloud shop club top wang vip work group "
+                "email company agency digital media news studio design world today live life space website "
+                "solutions systems services software science health care law bank berlin london tokyo "
+                "example test invalid localhost local".split())
 CODE_ENDINGS = {"py", "js", "ts", "go", "gz"}  # of files; .py and .gz are no country, the others nearly none
 RESERVED_DOMAIN = re.compile(r"(?:.*\.)?(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local)",
                              re.IGNORECASE)
@@ -92,7 +97,7 @@ def emails(text: str, reserved: bool) -> Iterator[tuple[int, int, str]]:
         if domain:
             top = domain[1].lower()
             is_known = (len(top) == 2 and top not in CODE_ENDINGS) or top in TOP_LEVEL
-            is_login = local[0] == "git" and text[domain.end():domain.end() + 1] in (":", "/")  # git@host:path
+            is_login = local[0] == "git" and text[domain.end():domain.end() + 1] in (":", "/")  # to a path
             if is_known and not is_login and (reserved or not RESERVED_DOMAIN.fullmatch(domain[0])):
                 yield local.start(), domain.end(), "EMAIL_ADDRESS"
         at = text.find("@", at + 1)
@@ -126,10 +131,12 @@ def digits(text: str) -> str:
 
 IPV4 = re.compile(r"(?<![A-Za-z0-9_.])(?<![=~<>^]=)(?<![A-Za-z][/\-])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
                   r"(?![A-Za-z0-9_]|\.\d|-[A-Za-z])")
-NUMBERED = re.compile(r"(?<![A-Za-z])(?:versions?|ver|v|release[ds]?|rev|revision|builds?|firmware|driver|update|upgraded?"
+NUMBERED = re.compile(r"(?<![A-Za-z])(?:versions?|ver|v|release[ds]?|rev|revision|builds?"
+                      r"|firmware|driver|update|upgraded?"
                       r"|sections?|sect?|chapter|clause|article|paragraph|appendix|figure|table|step|oid|rule"
                       r")(?![A-Za-z])|[§版章节節条第]", re.IGNORECASE)
-NETWORK = re.compile(r"(?<![A-Za-z])(?:ip|ipv4|address|addr|host|server|dns|gateway|router|subnet|proxy|network|ping"
+NETWORK = re.compile(r"(?<![A-Za-z])(?:ip|ipv4|address|addr|host|server|dns|gateway|router|subnet|proxy"
+                     r"|network|ping"
                      r"|connect(?:ed|s)?|bound|listen(?:ing|s)?|at)(?![A-Za-z])|地址|服务器", re.IGNORECASE)
 
 
@@ -179,19 +186,23 @@ def ipv6(text: str, reserved: bool) -> Iterator[tuple[int, int, str]]:
 # ---- 4. Telephone numbers ----------------------------------------------------------------------------------
 
 EDGE, END = r"(?<![A-Za-z0-9_.+\-/])", r"(?![A-Za-z0-9_]|[.\-]\d)"
-COUNTRY = (r"(?:1(?=[ .()/\-]{0,2}[2-9])|7|2(?:0|7|1[1-8]|[2-6]\d|9[0179])|3(?:[0-469]|[578]\d)|4(?:[013-9]|2[013])"
-           r"|5(?:[1-8]|[09]\d)|6(?:[0-6]|[789]\d)|8(?:[1246]|[05789]\d)|9(?:[0-58]|[679]\d))")  # of ITU-T E.164
+COUNTRY = (r"(?:1(?=[ .()/\-]{0,2}[2-9])|7|2(?:0|7|1[1-8]|[2-6]\d|9[0179])|3(?:[0-469]|[578]\d)"
+           r"|4(?:[013-9]|2[013])|5(?:[1-8]|[09]\d)|6(?:[0-6]|[789]\d)|8(?:[1246]|[05789]\d)"
+           r"|9(?:[0-58]|[679]\d))")  # of ITU-T E.164
 INTERNATIONAL = re.compile(rf"(?<![A-Za-z0-9_.)\]])\+{COUNTRY}(?:[ .()/\-]{{0,2}}\d){{6,12}}{END}")
 NORTH_AMERICAN = re.compile(
     rf"{EDGE}(?:1[ \-.])?(?:\([1-9]\d\d\)[ \-]?\d{{3}}[ \-.]\d{{4}}|[1-9]\d\d-\d{{3}}-\d{{4}}"
     rf"|[2-9]\d\d\.[2-9]\d\d\.\d{{4}}){END}")
 CHINESE_MOBILE = re.compile(rf"{EDGE}(?:86[ \-]?)?1[3-9]\d(?:\d{{8}}|([ \-])\d{{4}}\1\d{{4}}){END}")
-CHINESE_LANDLINE = re.compile(rf"{EDGE}(?:\(0\d{{2,3}}\) ?|（0\d{{2,3}}）|0\d{{2,3}}-)[1-9]\d{{6,7}}(?:-\d{{1,4}})?{END}")
+CHINESE_LANDLINE = re.compile(rf"{EDGE}(?:\(0\d{{2,3}}\) ?|（0\d{{2,3}}）|0\d{{2,3}}-)[1-9]\d{{6,7}}"
+                              rf"(?:-\d{{1,4}})?{END}")
 BEHIND_WORD = re.compile(rf"{EDGE}\(?\d(?:[ .()/\-]{{0,2}}\d){{5,13}}{END}")
-PHONE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:tele?|phone|telephone|mobile|cell|fax|hotline|whatsapp|call|dial|ring|sms"
-                        r"|text)(?: (?:me|us|him|her|number|no|is|at|on|now|today)){0,3}|电话|電話|手机|手機|传真|热线|联系方式"
+PHONE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:tele?|phone|telephone|mobile|cell|fax|hotline|whatsapp|call|dial"
+                        r"|ring|sms|text)(?: (?:me|us|him|her|number|no|is|at|on|now|today)){0,3}"
+                        r"|电话|電話|手机|手機|传真|热线|联系方式"
                         r"|致电|拨打)(?:号码?)?[\s.:：=(（]{0,3}(?:是|为)?$", re.IGNORECASE)
-NOT_PHONE = re.compile(r"(?<![A-Za-z])(?:isbn|issn|doi|order|invoice|id|serial|sku|part|model)[\w\- ]{0,8}[\s:#.]{0,3}$"
+NOT_PHONE = re.compile(r"(?<![A-Za-z])(?:isbn|issn|doi|order|invoice|id|serial|sku|part|model)"
+                       r"[\w\- ]{0,8}[\s:#.]{0,3}$"
                        r"|[\d,]\s?[-*/^=]\s?$", re.IGNORECASE)
 FICTION = re.compile(r"(?:1?\d{3})?55501\d\d")  # the North American numbers kept for films
 
@@ -222,8 +233,8 @@ def is_international(text: str) -> bool:
 # ---- 5. Chinese identity numbers ---------------------------------------------------------------------------
 
 IDENTITY = re.compile(r"(?<![A-Za-z0-9])[1-8]\d{5}(?:19|20)\d\d[01]\d[0-3]\d{4}[\dXx](?![A-Za-z0-9])")
-PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81,
-             82, 83}
+PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66),
+             71, 81, 82, 83}
 WEIGHTS = [pow(2, 17 - i, 11) for i in range(17)]
 
 
@@ -245,7 +256,8 @@ def is_identity_number(text: str) -> bool:
 
 # (what the text must hold for the pattern to be tried: searching for it costs next to nothing; the pattern)
 KEYS = [(hint, re.compile(pattern)) for hint, pattern in (
-    ("PRIVATE KEY-----", r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY-----[^-]{64,10000}-----END [A-Z0-9 ]+-----"),
+    ("PRIVATE KEY-----", r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY-----[^-]{64,10000}-----END [A-Z0-9 ]+"
+                         r"-----"),
     ("AKIA", r"AKIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
     ("ASIA", r"ASIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
     ("gh", r"gh[pousr]_[A-Za-z0-9]{36,255}(?![A-Za-z0-9])"),
@@ -270,7 +282,8 @@ def keys(text: str, reserved: bool) -> Iterator[tuple[int, int, str]]:
 
 
 def measured(cases: list[tuple[str, list[tuple[int, int, str]]]]) -> dict[str, tuple[int, int, int]]:
-    """{kind: (right, found, labelled)} over (text, spans) cases; right is the very span with the very kind."""
+    """{kind: (right, found, labelled)} over (text, spans) cases; right is the very span with the very
+    kind."""
     right, found, labelled = Counter(), Counter(), Counter()
     for text, spans in cases:
         finds = find_pii(text)
@@ -305,7 +318,7 @@ def labelled_cases(path: Path) -> list[tuple[str, list[tuple[int, int, str]]]]:
 
 @dataclass
 class Settings:
-    input: tuple[str, ...] = ()  # files, folders to search; none: the labelled lines, for precision and recall
+    input: tuple[str, ...] = ()  # files, folders to search; none: the labelled lines, to be measured
     cases: str = str(Path(__file__).with_name("tests") / "pii_cases.txt")  # the labelled lines
     reserved: bool = True  # find also what belongs to nobody: private networks, example.com
     most: int = MOST  # finds in a document that would be kept
@@ -322,10 +335,12 @@ def main():
         search(settings)
         return
     cases = labelled_cases(Path(settings.cases))
-    print(f"{len(cases)} labelled lines, {sum(not spans for _, spans in cases)} of them without personal data")
+    without = sum(not spans for _, spans in cases)
+    print(f"{len(cases)} labelled lines, {without} of them without personal data")
     print(f"{'kind':15} {'labelled':>8} {'found':>6} {'precision':>9} {'recall':>7}")
     for kind, (right, found, labelled) in measured(cases).items():
-        print(f"{kind:15} {labelled:8} {found:6} {right / max(found, 1):9.3f} {right / max(labelled, 1):7.3f}")
+        precision, recall = right / max(found, 1), right / max(labelled, 1)
+        print(f"{kind:15} {labelled:8} {found:6} {precision:9.3f} {recall:7.3f}")
 
 
 def search(settings: Settings):

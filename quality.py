@@ -3,17 +3,17 @@
     >>> quality_problems("click here " * 30)
     ['stop_words: 0, at least 2', 'sentences: 1, at least 5', 'repeated_lines…', …]
 
-    python quality.py --input my_texts/ --rules web --change words=20: html=off     # what would be dropped, and why
+    python quality.py --input my_texts/ --rules web --change words=20: html=off   # what is dropped, and why
 
 A rule is a measure, a short pure function from a text to a number, and the bounds of that number: data, in a
 table for each kind of source, so a rule is switched off, or its bound changed, without touching code:
 
     WEB | {"words": Rule(words, 20, None)}        adjusted(WEB, ["words=20:", "html=off"])
 
-The figures of Python's standard library under CODE: 1 to 2 % of modules dropped, 25 MB/s on one core.
+Python's standard library under CODE: 72 of 1,783 modules dropped (71 generated), at 23 MB/s on one core.
 
-Sources. Gopher: Rae et al. 2021, https://arxiv.org/abs/2112.11446, appendix A.1.1 and table A1. C4: Raffel et al.
-2020, https://jmlr.org/papers/v21/20-074.html, section 2.2. Dolma: Soldaini et al. 2024,
+Sources. Gopher: Rae et al. 2021, https://arxiv.org/abs/2112.11446, appendix A.1.1 and table A1. C4: Raffel et
+al. 2020, https://jmlr.org/papers/v21/20-074.html, section 2.2. Dolma: Soldaini et al. 2024,
 https://arxiv.org/abs/2402.00159, section 3 (repeats, scores, encyclopedia). Code: Chen et al. 2021,
 https://arxiv.org/abs/2107.03374, section 3.1 (lines, letters, generated files).
 
@@ -45,7 +45,8 @@ def quality_problems(text: str, rules: Mapping[str, Rule] | None = None, documen
                      ) -> list[str]:
     """The reasons against a text, as "name: figure, bound"; an empty list when it passes.
 
-    rules: a table as those below, default WEB. document: where its other keys matter, as the score of a forum.
+    rules: a table as those below, default WEB. document: where its other keys matter, as the score of a
+    forum.
     """
     view, problems = Text(text, document or {}), []
     for name, rule in (WEB if rules is None else rules).items():
@@ -220,7 +221,8 @@ def share(part: float, whole: float) -> float | None:
 
 
 def repeated(kind: str, of: str, text: Text) -> float | None:
-    """Share of lines or paragraphs that stood earlier in the text too, of their number or of all characters."""
+    """Share of lines or paragraphs that stood earlier in the text too, of their number or of all
+    characters."""
     parts = getattr(text, kind)
     if of == "number":
         return share(len(parts) - len(set(parts)), len(parts))
@@ -269,9 +271,10 @@ def same_sentence(text: Text) -> int:
 
 # ---- 4. Measures: what is no prose (C4, Dolma) -------------------------------------------------------------
 
-TAGS = ("a abbr article aside b blockquote body br button center code dd div dl dt em font footer form frame h[1-6] "
-        "head header hr html i iframe img input label li link main meta nav ol option p param pre s script section "
-        "select small span strike strong style sub sup table tbody td textarea tfoot th thead title tr u ul video")
+TAGS = ("a abbr article aside b blockquote body br button center code dd div dl dt em font footer form frame "
+        "h[1-6] head header hr html i iframe img input label li link main meta nav ol option p param pre s "
+        "script section select small span strike strong style sub sup table tbody td textarea tfoot th thead "
+        "title tr u ul video")
 # An entity without its semicolon is a query: ?a=1&copy=2
 HTML = re.compile(rf"</?(?:{TAGS.replace(' ', '|')})(?:\s[^<>]{{0,1000}})?\s*/?>|<!--|<!doctype\b"
                   r"|&(?:nbsp|amp|lt|gt|quot|copy|#\d{1,7}|#x[0-9a-f]{1,6});", re.IGNORECASE)
@@ -299,16 +302,17 @@ def lorem_ipsum(text: Text) -> int:
 
 CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 TERMINAL = (".", "?", "!", '"', "”", "。", "？", "！", "」", "』")
-POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
+            "use cookies")
 
 
 def kept_lines(text: str, min_words: int = 3) -> tuple[str, int]:
     """(the text without the lines that C4 drops, and without marks of citation; how many it dropped).
 
     A line stays if it ends in terminal punctuation, but not in an ellipsis, has min_words words and none over
-    1,000 characters, and speaks neither of Javascript nor of cookies and terms. A change to a text rather than
-    a reason against it: for pages of the web alone, before quality_problems. The paper has 5 sentences a page
-    and 3 words a line, its published code 3 and 5; ours are the paper's.
+    1,000 characters, and speaks neither of Javascript nor of cookies and terms. A change to a text rather
+    than a reason against it: for pages of the web alone, before quality_problems. The paper has 5 sentences a
+    page and 3 words a line, its published code 3 and 5; ours are the paper's.
     """
     kept, dropped = [], 0
     for line in text.split("\n"):
@@ -366,14 +370,16 @@ def share_of_kind(text: Text, is_kind: Callable[[str], bool], ascii_kind: str) -
 NOT_ASCII = re.compile(r"[^\0-\x7f]+")
 
 
-GENERATED = re.compile(r"auto-?\s?generated|automatically generated|generated (?:automatically )?(?:by|from|using)\b"
-                       r"|do not (?:edit|modify)|machine generated|@generated", re.IGNORECASE)
+GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|machine generated"
+                       r"|generated (?:automatically )?(?:by|from|using)\b"
+                       r"|do not (?:edit|modify)", re.IGNORECASE)
 COMMENT = re.compile(r"^\s*(?:#|//|/?\*|--|;|<!--|\"\"\"|''')")
 
 
 def generated(text: Text) -> int:
     """Marks of a generated file in the comments of its first ten lines."""
-    return sum(1 for line in text.text[:2000].split("\n")[:10] if COMMENT.match(line) and GENERATED.search(line))
+    lines = text.text[:2000].split("\n")[:10]
+    return sum(1 for line in lines if COMMENT.match(line) and GENERATED.search(line))
 
 
 # ---- 6. The tables -----------------------------------------------------------------------------------------
@@ -393,7 +399,8 @@ GOPHER_REPETITION = {
     "repeated_paragraphs": Rule(partial(repeated, "paragraphs", "number"), None, 0.30),
     "repeated_line_characters": Rule(partial(repeated, "lines", "characters"), None, 0.20),
     "repeated_paragraph_characters": Rule(partial(repeated, "paragraphs", "characters"), None, 0.20),
-    **{f"top_{n}_gram": Rule(partial(top_ngram, n), None, high) for n, high in ((2, 0.20), (3, 0.18), (4, 0.16))},
+    **{f"top_{n}_gram": Rule(partial(top_ngram, n), None, high) for n, high in
+       ((2, 0.20), (3, 0.18), (4, 0.16))},
     **{f"repeated_{n}_grams": Rule(partial(repeated_ngrams, n), None, high) for n, high in
        ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))},
 }
@@ -438,10 +445,11 @@ def adjusted(rules: Mapping[str, Rule], changes: Iterable[str]) -> dict[str, Rul
             elif not colon:
                 raise ValueError
             else:
-                table[name] = Rule(rules[name].measure, *(number(word) if word else None for word in (low, high)))
+                limits = (number(word) if word else None for word in (low, high))
+                table[name] = Rule(rules[name].measure, *limits)
         except ValueError:
-            raise UserError(f"rule {change!r} is not NAME=LOW:HIGH, either of which may be empty, or NAME=off") \
-                from None
+            raise UserError(f"rule {change!r} is not NAME=LOW:HIGH, either of which may be empty, or "
+                            f"NAME=off") from None
     return table
 
 
@@ -477,7 +485,8 @@ def corpus(paths: Iterable[str]) -> Iterator[dict]:
 def main():
     settings = config.parse(Settings)
     config.show(settings)
-    rules, reasons, examples, total = adjusted(TABLES[settings.rules], settings.change), Counter(), {}, Counter()
+    rules = adjusted(TABLES[settings.rules], settings.change)
+    reasons, examples, total = Counter(), {}, Counter()
     for document in corpus(settings.input):
         problems = quality_problems(document["text"], rules, document)
         total.update(documents=1, dropped=bool(problems))

@@ -87,8 +87,8 @@ OFF = {"quality": "none", "lines": 0, "near": 0.0, "passages": 0, "redact": Fals
 def rules(settings: Cleaning) -> str:
     """What will be dropped, in a line or two, for the start of a run."""
     lines = [f"dropped are documents that are empty, equal to an earlier one, or a generated table (Python "
-             f"of {TABLE_CHARACTERS:,} characters\nor more, over {TABLE_SHARE:.0%} of them on lines that begin "
-             f"with a string or a number)"]
+             f"of {TABLE_CHARACTERS:,} characters\nor more, over {TABLE_SHARE:.0%} of them on lines that "
+             f"begin with a string or a number)"]
     if settings.quality != "none":
         lines.append(f"by rules of quality: {settings.quality} {' '.join(settings.rules)}".rstrip())
     if settings.near:

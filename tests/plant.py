@@ -5,8 +5,8 @@
     python tests/plant.py --commands | sh       # all that is to be run, these two and the training included
 
 The junk: copies of documents with some words changed (near-duplicates), pages of one boilerplate with a few
-lines of text, and gibberish; a third of its bytes each. Steps, tokens a step and the held-out text are equal, so what
-differs is what the tokens are spent on.
+lines of text, and gibberish; a third of its bytes each. Steps, tokens a step and the held-out text are equal,
+so what differs is what the tokens are spent on.
 """
 import json
 import random
@@ -91,7 +91,8 @@ def commands(settings: Settings) -> str:
     cleaning = " --near 0.8 --lines 60 --quality code --perplexity runs/perplexity"
     text = [f"python data.py --out {settings.data}",
             f"python tests/plant.py --data {settings.data} --out {settings.out} --share {settings.share}",
-            f"python perplexity.py --train {settings.data}/train.jsonl --low 0 --high 100 --out runs/perplexity"]
+            f"python perplexity.py --train {settings.data}/train.jsonl --low 0 --high 100 "
+            f"--out runs/perplexity"]
     for kind, steps in (("raw", ""), ("cleaned", cleaning)):
         text += [f"python data.py --input {settings.out} --tokenizer {settings.data} --out runs/{kind}"
                  + steps,

@@ -190,7 +190,8 @@ def open_mixture(path: str | Path, batch_size: int, seq_len: int, windows: int, 
     """The mixture of the train splits that a file describes; `names` has what it calls them.
 
     windows: of the whole run, of which phases have shares. content: of the file, if it is not written yet.
-    place: seed, rank, world_size, verify, as of Batches. tokens and text_bytes are those of all sources.
+    place: seed, rank, world_size, verify, as of Batches. tokens and text_bytes are those of all sources, data
+    (which a bigram start counts) those of the source that the run sees most of.
     Raises UserError for a file that makes no sense, and for shards that are missing or damaged.
     """
     content = content or read_mixture(path)
@@ -203,7 +204,8 @@ def open_mixture(path: str | Path, batch_size: int, seq_len: int, windows: int, 
         weights = shares(phase, sizes, f"{path}: {name}")
         phases.append(Phase(length, weights, phase.get("order", "random"), name))
     mixture = Mixture(sources, phases, read_difficulty(Path(path), content, sources, phases))
-    mixture.names = tuple(content["sources"])
+    mixture.names, seen = tuple(content["sources"]), mixture.seen(windows)
+    mixture.data = sources[seen.index(max(seen))].data
     mixture.tokens, mixture.text_bytes = (sum(getattr(source, name) for source in sources)
                                           for name in ("tokens", "text_bytes"))
     return mixture

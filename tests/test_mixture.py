@@ -127,6 +127,12 @@ def test_phases_by_tokens_end_where_they_say_and_the_last_goes_on(tmp_path):
     assert [mixed.seen(n) for n in (0, 100, 103)] == [[0, 0, 0], [100, 0, 0], [100, 0, 3]]
 
 
+def test_a_bigram_start_counts_the_source_that_is_seen_most_not_one_that_is_only_held_out(tmp_path):
+    mixed = opened(write_mix(tmp_path, [{"weights": {"general": 0, "code": 0.6, "old": 0.4}}]))
+    assert mixed.data is mixed.sources[1].data and mixed.meta is mixed.sources[0].meta
+    assert mixed.seen(400)[0] == 0 and mixed.tokens == sum(SIZES.values()) + 3
+
+
 # ---- shares ------------------------------------------------------------------------------------------------
 
 

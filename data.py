@@ -1,38 +1,35 @@
-"""Raw text -> clean, unique documents -> token shards -> batches.
+"""Raw text -> clean, unique documents -> token shards.
 
     python data.py                                      # the source of Python's own standard library, offline
     python data.py --input my_texts/ more.jsonl.gz --out runs/mine --vocab_size 32768
+    python data.py --clean                              # with every step of pipeline.py, in about a minute
+    torchrun --nproc-per-node 8 data.py --input crawl/ --clean     # the same bytes, by more processes
 
 With no arguments it keeps 29.2 of 31.5 MB, 8.2 million tokens, in 14 s of processor time (Python 3.11).
 
-A document is read (JSON Lines, .txt, .md, .py, each also .gz, and folders of these), cleaned, dropped if it
-is empty, a generated table or an exact duplicate, sent to `train` or `val` by the hash of its content, and
-turned into tokens. Because the hash decides, the split depends neither on order nor on the other documents.
-Everything streams: all that grows with the corpus is one digest a document (90 bytes, as a Python integer).
+A document is read (documents.py), cleaned, dropped if it is empty, a generated table or an exact duplicate,
+or for what else is asked (pipeline.py); sent to `train` or `val` by the hash of its content; and turned into
+tokens. Because the hash decides, the split depends neither on order nor on the other documents. Input files
+are taken in shards, and what was done for a shard is kept until all is done (work.py): a run that was killed
+goes on from there, and any number of processes can share it.
 
 The output folder holds train.jsonl and val.jsonl (the cleaned documents), tokenizer.json, train.bin and
-val.bin (raw little-endian ids of tokens, end-of-text after each document) and meta.json (counts, checksums).
-`Batches` serves windows of those tokens as a pure function of (seed, step), whatever the number of processes;
-`Replay` mixes those of an old corpus into those of a new one.
+val.bin (raw little-endian ids of tokens, end-of-text after each document), meta.json (counts, checksums),
+and the report of what was dropped and why: report.json, report.html. `Batches` (batches.py) serves windows of
+those tokens as a pure function of (seed, step).
 """
-import gzip
+import functools
 import hashlib
-import io
 import json
 import lzma
-import math
 import os
-import re
 import shutil
-import sysconfig
 import time
-import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +37,23 @@ from tqdm import tqdm
 
 import bpe
 import config
+import funnel
 import metaspace
-from bpe import END_OF_TEXT, Tokenizer
+from batches import IGNORE, SPLITS, Batches, Wrapped, file_checksum, open_shard  # noqa: F401: names that are
+from bpe import END_OF_TEXT, Tokenizer                                           # looked for here, too
 from config import UserError
-
-# torch is imported by Batches alone: where worker processes import this file too, they should start at once.
-
-SPLITS = ("train", "val")
-SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".py")  # .json: one document a line, as in .jsonl
-IGNORE = -100  # a target without loss, as in torch's cross_entropy
+from documents import (Rejected, accepted, content_suffix, digest, find_files,  # noqa: F401
+                       parse_json, progress, read_documents, read_files, standard_library,
+                       stored_documents, to_line, write_documents)
+from mixture import Replay  # noqa: F401
+from pipeline import Cleaning, Tally, clean, is_table, kept_documents, rules, run_passes  # noqa: F401
+from privacy import redact_pii  # noqa: F401
+from quality import quality_problems  # noqa: F401
+from work import Work, fingerprint, place
 
 
 @dataclass
-class Settings:
+class Settings(Cleaning):
     input: tuple[str, ...] = ()  # files, folders (.jsonl .txt .md .py, also .gz); none: Python's library
     out: str = "runs/data"  # the folder to write
     vocab_size: int = 4096  # tokens of the tokenizer trained on the train split; small, for a small model
@@ -65,282 +66,166 @@ class Settings:
     def __post_init__(self):
         config.require(self, vocab_size=(257, None), val_fraction=(1e-6, 0.5), workers=(1, None),
                        on_bad_line={"stop", "skip"})
+        self.check_cleaning()
 
 
-def prepare(settings: Settings) -> dict:
+def prepare(settings: Settings) -> dict | None:
     """Write the folder `settings.out`, whole or not at all, and return its meta (what meta.json holds).
 
-    Raises UserError if the folder exists (without overwrite), if no text is left of the input, or if the
-    tokenizer does not fit.
+    Of several processes (RANK, WORLD_SIZE) all but the first return None. Raises UserError if the folder
+    exists (without overwrite), if no text is left of the input, or if the tokenizer does not fit.
     """
-    started = time.perf_counter()
+    started, (rank, world_size) = time.perf_counter(), place()
+    say = print if rank == 0 else lambda *words: None
     # A given tokenizer is loaded first: that it does not fit is better told before the work than after it.
     tokenizer = load_tokenizer(Path(settings.tokenizer)) if settings.tokenizer else None
-    print(f"worker processes: {settings.workers or bpe.cores()}")
-    with whole_folder(Path(settings.out), settings.overwrite) as folder:
-        funnel = split_documents(settings, folder)
-        tokenizer = tokenizer or train_tokenizer(settings, folder)
-        tokenizer.save(folder / "tokenizer.json")
-        meta = write_shards(folder, tokenizer, settings.workers)
-        meta |= {"funnel": funnel, "settings": asdict(settings)}
+    workers = settings.workers or max(1, bpe.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    say(f"worker processes: {workers}; {rules(settings)}")
+    with whole_folder(Path(settings.out), settings.overwrite, rank) as folder:
+        shards = input_shards(settings)
+        keys = [fingerprint(steps_key(settings), shard) for shard in shards]
+        work = Work(folder / "work", fingerprint(keys), rank, world_size)
+        begin(work, shards)
+        read = functools.partial(read_shard, settings, shards)
+        last, tally = run_passes(settings, work, len(shards), read, keys.__getitem__)
+        work.key = fingerprint(work.key, settings.val_fraction, settings.vocab_size, settings.tokenizer)
+        split_documents(settings, work, folder, last, len(shards), tally)
+        work.once("tokenizer", lambda: (tokenizer or train_tokenizer(settings, folder, workers)).save(
+            folder / "tokenizer.json") or {})
+        meta = write_shards(folder, load_tokenizer(folder, say=False), workers, work, settings.shard_bytes)
+        if rank > 0:
+            return None
+        told = funnel.make(tally, asdict(settings))
+        meta |= {"funnel": funnel.counts(told), "settings": asdict(settings)}
+        funnel.write(folder, told)
         with config.open_whole(folder / "meta.json", "w") as file:
             json.dump(meta, file, indent=1, ensure_ascii=False)
-    print_funnel(meta)
-    print(f"{time.perf_counter() - started:.1f} s; written to {settings.out}")
+        shutil.rmtree(work.folder)
+    print(funnel.table(told))
+    print_splits(meta)
+    print(f"{time.perf_counter() - started:.1f} s; written to {settings.out}, with report.html")
     return meta
 
 
-# ---- 1. Reading --------------------------------------------------------------------------------------------
+# ---- 1. Shards of the input --------------------------------------------------------------------------------
 
 
-def read_documents(paths: Iterable[str | Path], on_bad_line: str = "stop") -> Iterator[dict]:
-    """Yield every document of `paths`: {"text": …, "source": where it came from, and the keys it had}.
-
-    A path is a file, or a folder to search in sorted order; hidden files and __pycache__ are passed over.
-    on_bad_line: "stop" raises UserError with file and line; "skip" goes on, and tells at the end of how many.
-    """
-    return accepted(read_files(find_files(paths)), on_bad_line, {})
-
-
-@dataclass
-class Rejected:
-    """A line or file that is no document: why in a word, why in a line, and its size in bytes."""
-    reason: str
-    message: str
-    num_bytes: int
-
-
-def accepted(items: Iterable[dict | Rejected], on_bad_line: str, funnel: dict) -> Iterator[dict]:
-    """Yield the documents among `items`; stop at a rejected one, or count it in `funnel` and go on."""
-    first, skipped = None, 0
-    for item in items:
-        if not isinstance(item, Rejected):
-            yield item
-        elif on_bad_line == "stop":
-            raise UserError(f"{item.message}; correct it, or pass --on_bad_line skip")
-        else:
-            first, skipped = first or item, skipped + 1
-            count(funnel, item.reason, item.num_bytes)
-    if first:
-        print(f"bad lines or files skipped: {skipped:,}; the first: {first.message}")
-
-
-def visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__pycache__"
-
-
-def importable(name: str) -> bool:
-    """True for the names of modules and packages; not for site-packages, lib-dynload, LICENSE.txt."""
-    return name.removesuffix(".py").isidentifier() and name != "__pycache__"
-
-
-def standard_library() -> Iterator[tuple[Path, str]]:
-    """Yield (path, source) of every module of this Python's standard library."""
-    root = Path(sysconfig.get_path("stdlib"))
-    if not (root / "this.py").is_file():
-        raise UserError(f"this Python keeps no source of its standard library in {root}; pass --input")
-    print(f"corpus: the source of Python's standard library, {root}")
-    return ((path, source) for path, source in find_files([root], importable) if source.endswith(".py"))
-
-
-def find_files(paths: Iterable, keep: Callable[[str], bool] = visible) -> Iterator[tuple[Path, str]]:
-    """Yield (path, source) of each readable file; source is the path inside the folder that was named."""
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = 0
-            for files, file in enumerate(walk(path, keep), start=1):
-                name = os.fsencode(file.relative_to(path).as_posix())
-                yield file, name.decode("utf-8", "replace")  # a file name may hold any bytes, JSON may not
-            if not files:
-                raise UserError(f"no text in {path}: a file {' '.join(SUFFIXES)} (also .gz) is expected")
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        elif content_suffix(path) not in SUFFIXES:
-            raise UserError(f"{path}: not a kind that is read: {' '.join(SUFFIXES)} (also .gz)")
-        else:
-            yield path, path.name
-
-
-def walk(root: Path, keep: Callable[[str], bool]) -> Iterator[Path]:
-    """Yield readable files below `root` in sorted order, each folder once, even where links form a loop."""
-    def fail(error: OSError):
-        raise error  # os.walk would pass over a folder that it may not open, without a word
-
-    seen = set()
-    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        new = real not in seen
-        seen.add(real)
-        subfolders[:] = sorted(filter(keep, subfolders)) if new else []
-        for path in (Path(folder, name) for name in sorted(names) if new and keep(name)):
-            if content_suffix(path) in SUFFIXES and path.is_file():  # not a pipe, not a dangling link
-                yield path
-
-
-def content_suffix(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def read_files(files: Iterable[tuple[Path, str]], read_json: Callable | None = None
-               ) -> Iterator[dict | Rejected]:
-    """Yield what the files hold: a document for each line of JSON Lines, one for each other file.
-
-    read_json(file, path, source): another reader of .jsonl and .json, default read_json_lines.
-    """
+def input_shards(settings: Settings) -> list[list[tuple[str, str, int, int]]]:
+    """The files to read: (path, source, bytes, time of change), in lists of up to shard_bytes, or of one."""
+    files = find_files(settings.input) if settings.input else standard_library()
+    shards, size = [[]], 0
     for path, source in files:
-        read = (read_json or read_json_lines) if content_suffix(path) in (".jsonl", ".json") else read_text
-        try:
-            with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-                yield from read(file, path, source)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            yield Rejected("gzip", f"{path}: not a whole gzip file ({error})", path.stat().st_size)
+        stat = path.stat()
+        if shards[-1] and size + stat.st_size > settings.shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((str(path), source, stat.st_size, stat.st_mtime_ns))
+        size += stat.st_size
+    return shards
 
 
-def read_json_lines(file: io.BufferedIOBase, path: Path, source: str) -> Iterator[dict | Rejected]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                document = parse_line(line)
-                document.setdefault("source", f"{source}:{number}")
-                yield document
-            except (ValueError, RecursionError) as error:
-                yield Rejected("json", f"{path}:{number}: {error}", len(line))
+def steps_key(settings: Settings) -> dict:
+    """What the result of a shard depends on beside its files: the steps, and the files that these read."""
+    steps = {field.name: getattr(settings, field.name) for field in fields(Cleaning)}
+    named = (settings.languages, settings.perplexity, *settings.classifier, *settings.benchmark)
+    changed = [[path, file.stat().st_mtime_ns] for path in filter(None, named)
+               for file in (Path(path), *sorted(Path(path).glob("*"))) if file.exists()]
+    return steps | {"input": bool(settings.input), "on_bad_line": settings.on_bad_line, "files": changed}
 
 
-def parse_line(line: bytes) -> dict:
-    """Return the document that a line of JSON spells. Raises ValueError, its message saying what is wrong."""
-    document = parse_json(line)
-    if not isinstance(document, dict):
-        raise ValueError(f'an object with a string "text" is expected, not {type(document).__name__}')
-    if not isinstance(document.get("text"), str):
-        kinds = {key: type(value).__name__ for key, value in document.items()}
-        raise ValueError(f'an object with a string "text" is expected, not one of {kinds}')
-    return document
+def begin(work: Work, shards: list) -> None:
+    """Note what the run reads. Raises UserError where files that an unfinished run has read are gone."""
+    if work.rank > 0:
+        while not work.path("inputs", None, "json").is_file():
+            time.sleep(0.05)
+        return
+    work.folder.mkdir(exist_ok=True)
+    for name in sum(unfinished(work.folder.parent), []):
+        if not Path(name).is_file():
+            raise UserError(f"{name}, which the unfinished run in {work.folder.parent} has read, is missing; "
+                            f"put it back, or delete {work.folder.parent} to do without it")
+    with config.open_whole(work.path("inputs", None, "json"), "w") as file:
+        json.dump([[name for name, *_ in shard] for shard in shards], file)
 
 
-def parse_json(content: bytes):
-    """Return what a line (or file) of JSON spells. Raises ValueError, also for what UTF-8 cannot write."""
-    text = content.decode("utf-8").removeprefix("\ufeff")
+def unfinished(folder: Path) -> list[list[str]]:
+    """The files of each shard that the unfinished run in a folder reads; [] where there is none."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f" of line {error.lineno}" if error.lineno > 1 else ""  # where a whole file is one value
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}{line}") from None
-    if r"\u" in text:  # JSON can spell half of a surrogate pair; UTF-8 cannot
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
+        return json.loads((folder / "work" / "inputs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
 
 
-def read_text(file: io.BufferedIOBase, path: Path, source: str) -> Iterator[dict | Rejected]:
-    data = file.read()
-    try:
-        if b"\0" in data:
-            message = f"{path}: byte {data.index(0)} is NUL: a binary file, or UTF-16"
-            yield Rejected("binary", message, len(data))
-        else:
-            text = data.decode(python_encoding(data) if content_suffix(path) == ".py" else "utf-8")
-            text.encode("utf-8")  # a declared utf-7 or unicode_escape can give half of a surrogate pair
-            yield {"text": text, "source": source}
-    except (UnicodeError, LookupError) as error:  # the message of a decoding error holds the byte's position
-        yield Rejected("encoding", f"{path}: {error}", len(data))
+def read_shard(settings: Settings, shards: list, unit: int, tally: Tally) -> Iterator[dict]:
+    """Yield the documents of a shard, cleaned; what cannot be read stops the run, or is counted."""
+    # Python's tests hold files that are undecodable on purpose: in the default corpus those are skipped.
+    on_bad_line = settings.on_bad_line if settings.input else "skip"
+    files = ((Path(path), source) for path, source, *_ in shards[unit])
+    for document in accepted(read_files(files, most=settings.most_bytes), on_bad_line, tally.rejected):
+        yield document | {"text": clean(document["text"])}
 
 
-def python_encoding(data: bytes) -> str:
-    """Return the encoding that a Python source declares (PEP 263), UTF-8 where it declares none."""
-    try:
-        return tokenize.detect_encoding(io.BytesIO(data).readline)[0].replace("utf-8-sig", "utf-8")
-    except SyntaxError as error:
-        data.decode("utf-8")  # no declaration, and not UTF-8: this error names the byte
-        raise LookupError(error.msg) from None
-
-
-# ---- 2. Cleaning, dropping, splitting ----------------------------------------------------------------------
-
-TABLE_CHARACTERS, TABLE_SHARE = 8192, 2 / 3
-TABLE_ROW = re.compile(r"""^[ \t\[({]*(?:[rRbBuU]{0,2}(?!'''|\"\"\")['"]|[-+]?\d).*$""", re.MULTILINE)
-RULES = f"""\
-dropped are documents that are
-  empty       nothing but white space
-  table       Python of {TABLE_CHARACTERS:,} characters or more, over {TABLE_SHARE:.0%} of them on lines that
-              begin with a string or a number, as in code pages; tests are kept, they are code
-  duplicate   equal to an earlier document
-and lines and files that cannot be read: json, encoding, binary, gzip"""
-
-
-def clean(text: str) -> str:
-    """Return the text with \\n for every newline and without a byte-order mark; all else stays as it was."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+# ---- 2. Splitting ------------------------------------------------------------------------------------------
 
 
 def content_hash(text: str) -> int:
     """Return 128 bits that stand for the text, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest(), "big")
+    return int.from_bytes(digest(text), "big")
 
 
-def is_table(text: str) -> bool:
-    """True where Python source is a generated table: many near-copies, with nothing to learn but digits.
-
-    In the libraries of Python 3.10 to 3.13 tables score 0.75 to 0.98, and the code next to them at most 0.61.
-    """
-    in_rows = sum(row.end() - row.start() for row in TABLE_ROW.finditer(text))
-    return len(text) >= TABLE_CHARACTERS and in_rows > TABLE_SHARE * len(text)
-
-
-def kept_documents(documents: Iterable[dict], funnel: dict) -> Iterator[dict]:
-    """Yield the documents worth training on, cleaned; count all of them in `funnel`, by reason."""
-    seen = set()
-    for document in documents:
-        text = clean(document["text"])
-        digest = content_hash(text)
-        is_python = str(document["source"]).endswith((".py", ".py.gz"))
-        reason = ("empty" if not text.strip() else
-                  "table" if is_python and is_table(text) else
-                  "duplicate" if digest in seen else
-                  "kept")  # rules of quality and near-duplicates belong just before this, ahead of the split
-        count(funnel, reason, len(text.encode("utf-8")))
-        if reason == "kept":
-            seen.add(digest)
-            yield document | {"text": text}
-
-
-def split_documents(settings: Settings, folder: Path) -> dict:
-    """Write train.jsonl and val.jsonl; return the funnel: read, kept or a reason -> [documents, bytes]."""
-    print(RULES)
-    funnel = {}
-    # Python's tests hold files that are undecodable on purpose: in the default corpus those are skipped.
-    files, on_bad_line = ((find_files(settings.input), settings.on_bad_line) if settings.input else
-                          (standard_library(), "skip"))
-    documents = progress(accepted(read_files(files), on_bad_line, funnel), "read")
+def split_documents(settings: Settings, work: Work, folder: Path, last: str, units: int, tally: Tally
+                    ) -> None:
+    """Write train.jsonl and val.jsonl from what the last pass has left: shard by shard, then joined."""
     threshold = int(settings.val_fraction * 2**128)
-    lowest, highest = write_splits(folder, kept_documents(documents, funnel), threshold)
-    train, val = (folder / f"{split}.jsonl" for split in SPLITS)
-    if "kept" not in funnel:
-        reasons = ", ".join(f"{documents:,} {reason}" for reason, (documents, _) in funnel.items())
+
+    def split(unit):
+        documents = stored_documents(work.path(last, unit, "jsonl"))
+        paths = [work.path("split", unit, f"{split}.jsonl") for split in SPLITS]
+        return write_splits(paths, documents, threshold)
+
+    results = work.each("split", units, split)
+    work.once("joined", lambda: join_splits(settings, work, folder, results, threshold, tally))
+
+
+def join_splits(settings: Settings, work: Work, folder: Path, results: list[dict], threshold: int,
+                tally: Tally) -> dict:
+    """Join the splits of all shards; where one would be empty, it gets a document, or part of one."""
+    train, val = paths = [folder / f"{split}.jsonl" for split in SPLITS]
+    if not tally.kept[0]:
+        lost = {name: step["documents"] for name, step in tally.steps.items() if step["documents"]}
+        lost |= {name: documents for name, (documents, _) in tally.rejected.items()}
+        reasons = ", ".join(f"{documents:,} {name}" for name, documents in lost.items())
         raise UserError(f"no text is left of the input: {reasons or 'it holds no document'}")
+    for path, name in zip(paths, SPLITS):
+        with config.open_whole(path) as file:
+            for unit in range(len(results)):
+                with open(work.path("split", unit, f"{name}.jsonl"), "rb") as part:
+                    shutil.copyfileobj(part, file, 2**20)
+    lowest = min(int(result["lowest"]) for result in results)
+    highest = max(int(result["highest"]) for result in results)
     if lowest == highest:
         cut_single_document(train, val, settings.val_fraction)
     elif lowest >= threshold:
         print("few documents: val would be empty, and takes the one with the lowest hash")
-        write_splits(folder, stored_documents(train), threshold=lowest + 1)
+        write_splits(paths, stored_documents(train), threshold=lowest + 1)
     elif highest < threshold:
         print("few documents: train would be empty, and takes the one with the highest hash")
-        write_splits(folder, stored_documents(val), threshold=highest)
-    return {"read": [sum(column) for column in zip(*funnel.values())]} | funnel
+        write_splits(paths, stored_documents(val), threshold=highest)
+    return {}
 
 
-def write_splits(folder: Path, documents: Iterable[dict], threshold: int) -> tuple[int, int]:
-    """Write documents whose hash is below `threshold` to val.jsonl, the others to train.jsonl.
+def write_splits(paths: list[Path], documents: Iterable[dict], threshold: int) -> dict:
+    """Write documents whose hash is below `threshold` to the second path, val, the others to the first.
 
-    Returns the lowest and the highest hash.
+    Returns the lowest and the highest hash, as text: JSON's numbers are shorter.
     """
     lowest, highest = 2**128, -1
-    with (config.open_whole(folder / "train.jsonl", "w") as train,
-          config.open_whole(folder / "val.jsonl", "w") as val):
+    with config.open_whole(paths[0], "w") as train, config.open_whole(paths[1], "w") as val:
         for document in documents:
-            digest = content_hash(document["text"])
-            lowest, highest = min(lowest, digest), max(highest, digest)
-            (val if digest < threshold else train).write(to_line(document))
-    return lowest, highest
+            value = content_hash(document["text"])
+            lowest, highest = min(lowest, value), max(highest, value)
+            (val if value < threshold else train).write(to_line(document))
+    return {"lowest": str(lowest), "highest": str(highest)}
 
 
 def cut_single_document(train: Path, val: Path, val_fraction: float) -> None:
@@ -359,19 +244,20 @@ def cut_single_document(train: Path, val: Path, val_fraction: float) -> None:
 # ---- 3. Tokens ---------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, say: bool = True) -> Tokenizer:
     """Return the tokenizer in a tokenizer.json or in the folder that holds one."""
     tokenizer = metaspace.load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
     end_of_text_id(tokenizer)
-    print(f"tokenizer: {path}, {tokenizer.vocab_size:,} tokens; --vocab_size plays no part")
+    if say:
+        print(f"tokenizer: {path}, {tokenizer.vocab_size:,} tokens; --vocab_size plays no part")
     return tokenizer
 
 
-def train_tokenizer(settings: Settings, folder: Path) -> Tokenizer:
+def train_tokenizer(settings: Settings, folder: Path, workers: int) -> Tokenizer:
     """Return a tokenizer trained on the train split alone: val is to stay unseen."""
     documents = progress(stored_documents(folder / "train.jsonl"), "train tokenizer")
     return Tokenizer.train((document["text"] for document in documents), settings.vocab_size,
-                           special_tokens=END_OF_TEXT[:1], workers=settings.workers)
+                           special_tokens=END_OF_TEXT[:1], workers=workers)
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
@@ -383,34 +269,92 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
                     f"tokens are {' '.join(tokenizer.special_tokens) or 'none'}")
 
 
-def write_shards(folder: Path, tokenizer: Tokenizer, workers: int | None) -> dict:
+def write_shards(folder: Path, tokenizer: Tokenizer, workers: int | None, work: Work | None = None,
+                 part_bytes: int = 2**24) -> dict:
     """Write train.bin and val.bin from the .jsonl files in `folder`; return what meta.json says of them."""
     meta = {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size,
             "end_of_text": end_of_text_id(tokenizer), "tokenizer": tokenizer.fingerprint}
     with ThreadPoolExecutor(1) as background:  # a thread suffices: xz and gzip work outside Python's lock
-        compressors = background.submit(compressed_bits_per_byte, folder / "val.jsonl")
+        if work is None or work.rank == 0:
+            compressors = background.submit(compressed_bits_per_byte, folder / "val.jsonl")
         for split in SPLITS:
-            meta[split] = write_shard(folder, split, tokenizer, workers)
-        return meta | {"compressors": compressors.result()}
+            meta[split] = write_shard(folder, split, tokenizer, workers, work, part_bytes)
+        return meta | {"compressors": compressors.result()} if meta["val"] else {}
 
 
-def write_shard(folder: Path, split: str, tokenizer: Tokenizer, workers: int | None) -> dict:
-    """Write the tokens of one split; return its counts, its size in bytes and its checksum."""
+def write_shard(folder: Path, split: str, tokenizer: Tokenizer, workers: int | None, work: Work | None = None,
+                part_bytes: int = 2**24) -> dict:
+    """Write the tokens of one split; return its counts, its size in bytes and its checksum.
+
+    Parts of part_bytes of the documents are encoded by whichever process of `work`, and then joined by the
+    first. The others return {} as soon as their parts are done.
+    """
+    with shared(folder, work) as work:
+        parts = ranges(folder / f"{split}.jsonl", part_bytes)
+        encode = functools.partial(encode_part, work, folder, tokenizer, workers, split, parts)
+        counts = work.each(f"tokens-{split}", len(parts), encode, wait=work.rank == 0)
+        return join_parts(work, folder, split, counts, tokenizer.dtype.itemsize) if work.rank == 0 else {}
+
+
+@contextmanager
+def shared(folder: Path, work: Work | None) -> Iterator[Work]:
+    """The work given, or one of this process alone that leaves nothing behind."""
+    if work:
+        yield work
+        return
+    path = folder / "work"
+    path.mkdir()
+    try:
+        yield Work(path)
+    finally:
+        shutil.rmtree(path)
+
+
+def ranges(path: Path, size: int) -> list[tuple[int, int]]:
+    """(start, end) in bytes of whole lines, about `size` each; one, if there is nothing."""
+    with open(path, "rb") as file:
+        ends = [0]
+        while ends[-1] < path.stat().st_size:
+            file.seek(min(ends[-1] + size, path.stat().st_size) - 1)
+            file.readline()
+            ends.append(file.tell())
+    return list(zip(ends, ends[1:])) or [(0, 0)]
+
+
+def lines_between(path: Path, start: int, end: int) -> Iterator[dict]:
+    with open(path, "rb") as file:
+        file.seek(start)
+        while file.tell() < end:
+            yield json.loads(file.readline())
+
+
+def encode_part(work: Work, folder: Path, tokenizer: Tokenizer, workers: int | None, split: str,
+                parts: list[tuple[int, int]], part: int) -> dict:
+    """Write the tokens of the documents between two bytes of a split; return its counts."""
     dtype = tokenizer.dtype.newbyteorder("<")
-    documents = text_bytes = size = 0
-    checksum = hashlib.sha256()
-    texts = (document["text"] for document in stored_documents(folder / f"{split}.jsonl"))
-    with (config.open_whole(folder / f"{split}.bin", "wb") as file,
-          tqdm(desc=f"tokenize {split}", unit="B", unit_scale=True, disable=None) as bar):
-        batches = bpe.in_processes(encode_texts, tokenizer, bpe.batches(texts), workers)
-        for number, num_bytes, ids in batches:
-            content = ids.astype(dtype).tobytes()
-            file.write(content)
-            checksum.update(content)
-            documents, text_bytes, size = documents + number, text_bytes + num_bytes, size + len(content)
+    documents = text_bytes = 0
+    texts = (document["text"] for document in lines_between(folder / f"{split}.jsonl", *parts[part]))
+    with (config.open_whole(work.path(f"tokens-{split}", part, "bin")) as file,
+          tqdm(desc=f"tokenize {split}", unit="B", unit_scale=True, disable=work.rank > 0 or None) as bar):
+        for number, num_bytes, ids in bpe.in_processes(encode_texts, tokenizer, bpe.batches(texts), workers):
+            file.write(ids.astype(dtype).tobytes())
+            documents, text_bytes = documents + number, text_bytes + num_bytes
             bar.update(num_bytes)
-    return {"documents": documents, "text_bytes": text_bytes, "tokens": size // dtype.itemsize,
-            "bytes": size, "sha256": checksum.hexdigest()}
+    return {"documents": documents, "text_bytes": text_bytes}
+
+
+def join_parts(work: Work, folder: Path, split: str, counts: list[dict], itemsize: int) -> dict:
+    """Join the parts of a split; return its counts, its size in bytes and its checksum."""
+    checksum, size = hashlib.sha256(), 0
+    with config.open_whole(folder / f"{split}.bin") as file:
+        for part in range(len(counts)):
+            with open(work.path(f"tokens-{split}", part, "bin"), "rb") as tokens:
+                while content := tokens.read(2**20):
+                    file.write(content)
+                    checksum.update(content)
+                    size += len(content)
+    return {name: sum(count[name] for count in counts) for name in ("documents", "text_bytes")} | {
+        "tokens": size // itemsize, "bytes": size, "sha256": checksum.hexdigest()}
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int, np.ndarray]:
@@ -439,227 +383,44 @@ def compressed_bits_per_byte(path: Path, limit: int = 64 * 2**20) -> dict:
     return {"xz": 8 * xz_bytes / text_bytes, "gzip": 8 * gz_bytes / text_bytes, "text_bytes": text_bytes}
 
 
-# ---- 4. Batches --------------------------------------------------------------------------------------------
+# ---- 4. Plumbing -------------------------------------------------------------------------------------------
 
 
-class Batches:
-    """Windows of T = seq_len tokens of one split, by step; B = batch_size is sequences a rank and step.
-
-    Window w holds the inputs tokens[w*T : w*T + T]; its targets are the tokens one further on. So in an epoch
-    every token but the first is a target exactly once. The last window is filled up with end-of-text, its
-    targets with -100. The file is mapped, not read: it may be larger than memory.
-
-    stride: how far apart windows begin, default T. With less they overlap, and what an earlier window has had
-    as a target is -100 in the next: every token is still a target once, but after at least T - stride others.
-
-    Attributes: windows, tokens, text_bytes (UTF-8 of the split's documents), folder, meta, and steps: how
-    many calls of in_order cover the split. Raises UserError if the shard is missing, too short, or not what
-    meta.json says; verify=False leaves out the checksum, which reads the whole file.
-    """
-
-    def __init__(self, folder: str | Path, split: str, batch_size: int, seq_len: int, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, verify: bool = True, stride: int | None = None):
-        from torch import from_numpy  # here, not above: worker processes that import this file need no torch
-        self.stride = seq_len if stride is None else stride
-        assert split in SPLITS and 0 <= rank < world_size and batch_size >= 1 and 1 <= self.stride <= seq_len
-        self._from_numpy = from_numpy
-        self.folder = Path(folder)
-        self.meta, self.data = open_shard(self.folder, split, verify)
-        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.rank, self.world_size = rank, world_size
-        self.tokens, self.text_bytes = len(self.data), self.meta[split]["text_bytes"]
-        needed = seq_len + 1 if split == "train" else 2
-        if self.tokens < needed:
-            raise UserError(f"{folder}/{split}.bin has {self.tokens:,} tokens, --seq_len {seq_len} needs "
-                            f"{needed:,}; give data.py more text, or pass a smaller --seq_len")
-        self.windows = 1 + max(0, -(-(self.tokens - 1 - seq_len) // self.stride))  # rounded up
-        self.steps = -(-self.windows // (batch_size * world_size))
-        self._epoch, self._order = None, None
-
-    def at(self, step: int):
-        """Return this rank's (inputs, targets) for training step `step`, counted from 0: int64 (B, T) each.
-
-        A pure function of (seed, step): the rows of `numbers(step)`, so one rank with B = 8 sees at each step
-        what two ranks with B = 4 see together.
-        """
-        return self.rows(self.numbers(step))
-
-    def in_order(self, step: int):
-        """Return (inputs, targets) `step` in the order of the file; past its end all targets are -100."""
-        return self._stack(self.numbers(step))
-
-    def numbers(self, step: int) -> range:
-        """The places of this rank's B sequences of a step in the endless row that all ranks share."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        return range(first, first + self.batch_size)
-
-    def rows(self, numbers: Iterable[int]):
-        """Return (inputs, targets) at these places of an endless row of epochs: each permutes all windows."""
-        places = (divmod(number, self.windows) for number in numbers)
-        return self._stack([self._permutation(epoch)[place] for epoch, place in places])
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:  # that of one epoch is kept, 8 bytes a window
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._epoch, self._order = epoch, generator.permutation(self.windows)
-        return self._order
-
-    def _stack(self, windows: Sequence[int]):
-        inputs = np.full((len(windows), self.seq_len), self.meta["end_of_text"], dtype=np.int64)  # (B, T)
-        targets = np.full_like(inputs, IGNORE)                                                    # (B, T)
-        for row, window in enumerate(windows):
-            start = int(window) * self.stride
-            tokens = self.data[start:start + self.seq_len + 1]  # the window and one more, if there is one
-            length = max(len(tokens) - 1, 0)
-            inputs[row, :length] = tokens[:length]
-            targets[row, :length] = tokens[1:]
-            if window > 0:
-                targets[row, :self.seq_len - self.stride] = IGNORE
-        return self._from_numpy(inputs), self._from_numpy(targets)
-
-
-class Wrapped:
-    """Batches made from other batches: what is not said anew (windows, tokens, meta, numbers …) is theirs."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __getattr__(self, name):  # asked only for what is not found here
-        if name == "batches":  # not there yet: while a copy is being made
-            raise AttributeError(name)
-        return getattr(self.batches, name)
-
-
-class Replay(Wrapped):
-    """Windows of a new corpus and, in between, of an old one: against forgetting, in continued pretraining.
-
-    share: of the windows, in [0, 1), taken as the decimal number that it is written as. Of the first n
-    windows of the endless row that all ranks share, floor(n * share) are old, each corpus in its own order,
-    without gaps: no window of either comes twice in one of its epochs, however many ranks there are.
-
-    Attributes are those of `new`. Raises UserError where another tokenizer made the old corpus.
-    """
-
-    def __init__(self, new: Batches, old: Batches, share: float):
-        assert 0 <= share < 1 and isinstance(new, Batches) and isinstance(old, Batches)
-        for name in ("seq_len", "batch_size", "rank", "world_size"):
-            assert getattr(new, name) == getattr(old, name), f"{name} of the new and the old corpus differ"
-        if new.meta.get("tokenizer") != old.meta.get("tokenizer"):
-            raise UserError(f"{new.folder} and {old.folder} were made by different tokenizers; tokenise the "
-                            f"new corpus with the old tokenizer: python data.py --tokenizer {old.folder}")
-        super().__init__(new)
-        self.old, self.share = old, Fraction(str(share))
-
-    def at(self, step: int):
-        """Return this rank's (inputs, targets) for `step`, int64 (B, T) each: a function of (seed, step)."""
-        numbers = self.numbers(step)
-        old_before = np.array([math.floor(n * self.share) for n in (*numbers, numbers.stop)])
-        is_old, old_before = np.diff(old_before) > 0, old_before[:-1]
-        from_old = self.old.rows(old_before[is_old].tolist())
-        from_new = self.batches.rows((np.array(numbers) - old_before)[~is_old].tolist())
-        mixed = tuple(new.new_empty(len(numbers), self.seq_len) for new in from_new)  # inputs, targets, …
-        for whole, new, old in zip(mixed, from_new, from_old):
-            whole[~is_old], whole[is_old] = new, old
-        return mixed
-
-
-def open_shard(folder: Path, split: str, verify: bool) -> tuple[dict, np.ndarray]:
-    """Return (meta, tokens) of one split. Raises UserError unless the file is what meta.json says."""
-    path, meta_path, remedy = folder / f"{split}.bin", folder / "meta.json", f"python data.py --out {folder}"
-    if not meta_path.is_file():
-        raise UserError(f"{folder} holds no token shards (there is no {meta_path}); make them with: {remedy}")
-    remedy = f"make it anew with: {remedy} --overwrite"
-    try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-        tokens, size, checksum = (meta[split][key] for key in ("tokens", "bytes", "sha256"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{meta_path} is damaged ({type(error).__name__}: {error}); {remedy}") from None
-    if not path.is_file():
-        raise UserError(f"{path} is missing; {remedy}")
-    if not path.stat().st_size == size == tokens * dtype.itemsize:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, but meta.json says {size:,} bytes and "
-                        f"{tokens:,} tokens of {meta['dtype']}; {remedy}")
-    if verify and file_checksum(path) != checksum:
-        raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json; {remedy}")
-    return meta, np.memmap(path, dtype, mode="r") if tokens else np.empty(0, dtype)
-
-
-# ---- 5. Plumbing -------------------------------------------------------------------------------------------
-
-
-def write_documents(path: str | Path, documents: Iterable[dict]) -> None:
-    """Write JSON Lines, gzipped if the name ends in .gz; the file appears whole or not at all."""
-    lines = (to_line(document).encode("utf-8") for document in documents)
-    with config.open_whole(path, "wb") as file:
-        if Path(path).name.lower().endswith(".gz"):
-            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:  # no time: same bytes again
-                packed.writelines(lines)
-        else:
-            file.writelines(lines)
-
-
-def to_line(document: dict) -> str:
-    return json.dumps(document, ensure_ascii=False) + "\n"
-
-
-def stored_documents(*paths: Path) -> Iterator[dict]:
-    """Yield the documents of JSON Lines files that this program wrote."""
-    for path in paths:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            yield from map(json.loads, file)
-
-
-def progress(documents: Iterable[dict], name: str) -> Iterable[dict]:
-    return tqdm(documents, name, unit=" documents", disable=None)  # None: no bar where the output is a file
-
-
-def count(funnel: dict, name: str, num_bytes: int) -> None:
-    documents, total = funnel.get(name, (0, 0))
-    funnel[name] = [documents + 1, total + num_bytes]
-
-
-def print_funnel(meta: dict) -> None:
-    funnel = meta["funnel"]
-    print(f"{'':<20}{'documents':>12}{'bytes of text':>16}{'tokens':>14}{'bytes a token':>15}")
-    for name in ("read", *sorted(funnel.keys() - {"read", "kept"}), "kept"):
-        documents, size = funnel[name]
-        print(f"{name if name in ('read', 'kept') else f'  dropped: {name}':<20}{documents:>12,}{size:>16,}")
+def print_splits(meta: dict) -> None:
+    print(f"{'':<10}{'documents':>12}{'bytes of text':>16}{'tokens':>14}{'bytes a token':>15}")
     for split in SPLITS:
         documents, size, tokens = (meta[split][key] for key in ("documents", "text_bytes", "tokens"))
-        print(f"{'  ' + split:<20}{documents:>12,}{size:>16,}{tokens:>14,}{size / tokens:>15.3f}")
+        print(f"{split:<10}{documents:>12,}{size:>16,}{tokens:>14,}{size / tokens:>15.3f}")
     marks = meta["compressors"]
     print(f"bits per byte of the val text: xz -9e {marks['xz']:.3f}, gzip -9 {marks['gzip']:.3f}"
           f" (on {marks['text_bytes']:,} bytes)")
 
 
-def file_checksum(path: Path) -> str:
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            checksum.update(block)
-    return checksum.hexdigest()
-
-
-OUTPUTS = {"train.jsonl", "val.jsonl", "tokenizer.json", "train.bin", "val.bin", "meta.json"}
+OUTPUTS = {"train.jsonl", "val.jsonl", "tokenizer.json", "train.bin", "val.bin", "meta.json", "report.json",
+           "report.html"}
 
 
 @contextmanager
-def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def whole_folder(out: Path, overwrite: bool, rank: int = 0) -> Iterator[Path]:
     """Yield the folder `out`.tmp to write into; it becomes `out` if all goes well, and is removed if not.
 
-    Raises UserError if `out` exists (without overwrite), or holds a file that this program did not write.
+    Unless there are several shards in work: these stay, for the next run to go on from. Of several processes
+    only the first (rank 0) makes, renames or removes the folder. Raises UserError if `out` exists (without
+    overwrite), or holds a file that this program did not write.
     """
     out = out.resolve()
+    if rank > 0:
+        yield out.with_name(out.name + ".tmp")
+        return
     if out.exists() and not overwrite:
         raise UserError(f"--out {out} exists; pass --overwrite to replace it, or another --out")
     refuse_foreign(out)
     fresh, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old.tmp")
     if old.exists() and not out.exists():
         old.rename(out)  # an earlier run was killed between the two renames below
-    for leftover in (fresh, old):
+    for leftover in (old,) if unfinished(fresh) else (fresh, old):
         remove_own(leftover)
-    fresh.mkdir(parents=True)
+    fresh.mkdir(parents=True, exist_ok=True)
     try:
         yield fresh
         if out.exists():
@@ -667,7 +428,10 @@ def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         fresh.rename(out)
         config.sync_folder(out.parent)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if len(unfinished(fresh)) > 1:
+            print(f"finished shards are kept in {fresh}; the same command goes on from there")
+        else:
+            shutil.rmtree(fresh, ignore_errors=True)
         raise
     remove_own(old)
 
@@ -682,7 +446,8 @@ def refuse_foreign(folder: Path) -> None:
     """Raise UserError if the folder holds what this program did not write: that is not ours to remove."""
     found = [folder] if folder.is_file() else sorted(folder.iterdir()) if folder.exists() else []
     for path in found:
-        if path.is_dir() or path.name.removesuffix(".tmp") not in OUTPUTS:
+        own_work = path.name == "work" and (path / "inputs.json").is_file()
+        if path.is_dir() and not own_work or not own_work and path.name.removesuffix(".tmp") not in OUTPUTS:
             raise UserError(f"{path} is not data.py's, so {folder} is not replaced; choose another --out")
 
 

@@ -45,7 +45,7 @@ def stdlib_conversations(max_chars: int = MAX_CHARS, seed: int = 0,
     """
     modules = {split: [] for split in data.SPLITS}
     library = data.accepted(data.read_files(data.standard_library()), "skip", {})
-    for module in data.kept_documents(library, {}):
+    for module in data.kept_documents(library):
         held_out = data.content_hash(module["text"]) < int(val_fraction * 2**128)
         modules["val" if held_out else "train"].append(module)
     seen = set()

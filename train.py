@@ -34,12 +34,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from batches import Batches
 from bpe import Tokenizer
 from checkpoint import load_model, model_config, states
 from config import UserError, parse, require, run, show
-from data import Batches, Replay
 from families import to_hugging_face
 from metaspace import load_tokenizer
+from mixture import Replay, first_source, open_mixture, picture, warnings
 from model import PRESETS as SIZES
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, generate
 from objectives import FillInTheMiddle, PrefixLM, next_token_loss, with_fim_tokens
@@ -123,7 +124,8 @@ class Loop(Compute):
 
 @dataclass
 class Settings(Loop):
-    data: str = "runs/data"  # token shards, as data.py writes them; the default folder is made if missing
+    data: str = "runs/data"  # token shards, as data.py writes them (the default folder is made if missing);
+                             # or a mixture of several, as mixture.py writes it: mix.json
     out: str = "runs/base"  # run folder: model, settings.json, log.jsonl, state/; an unfinished run goes on
     overwrite: bool = False  # delete what is in `out` and start anew
     preset: Literal["tiny", "small", "124m", "1b", "7b"] = "small"  # a size and the settings that go with it
@@ -188,6 +190,9 @@ class Settings(Loop):
                             f"--init_from {self.init_from}; leave it out")
         if self.init_from:
             self.bigram_steps = 0
+        if self.replay and self.data.endswith(".json"):
+            raise UserError(f"--replay {self.replay} and --data {self.data}: a mixture names its old text "
+                            f"itself; make it one of its sources")
         if self.replay and not self.init_from:
             raise UserError("--replay is of use with --init_from: it keeps a trained model from forgetting")
 
@@ -559,8 +564,7 @@ def run_in_folder(settings: Settings, env: Env, model, tokenizer, batches, valid
     corpus = {"vocab_size": model.config.vocab_size, "train.bin": batches.meta["train"]["sha256"]}
     if settings.init_from:
         corpus["init_from"] = str(Path(settings.init_from).resolve())
-    if settings.replay:
-        corpus["replay"] = batches.old.meta["train"]["sha256"]
+    corpus |= getattr(batches, "identity", {})  # of a mixture
     loss_fn = functools.partial(next_token_loss, chunked=settings.chunked_loss)
     last = train(model, with_objective(batches, tokenizer, settings), loss_fn, settings, env, tokenizer,
                  validation, corpus)
@@ -568,15 +572,27 @@ def run_in_folder(settings: Settings, env: Env, model, tokenizer, batches, valid
 
 
 def open_data(settings: Settings, env: Env) -> tuple:
-    """(batches, {"": validation, "old_": that of the old text}) of the shards that the settings name."""
+    """(batches, {"": validation, "old_": that of the old text}) of the shards that the settings name.
+
+    Of a mixture the first source's validation is "", by which the best state is chosen; the others are
+    called by their names.
+    """
     place = {"rank": env.data_rank, "world_size": env.data_world_size, "verify": env.rank == 0}
     size = (micro_batch(settings, env), settings.seq_len)
-    batches = Batches(settings.data, "train", *size, settings.seed, **place)
-    validation = {"": Batches(settings.data, "val", *size, stride=settings.eval_stride, **place)}
+    folders = {"": settings.data} | ({"old_": settings.replay} if settings.replay else {})
+    if settings.data.endswith(".json"):
+        windows = windows_before(settings.steps, settings)
+        batches = open_mixture(settings.data, *size, windows, seed=settings.seed, **place)
+        env.say("\n".join([picture(batches, windows), *warnings(batches, windows)]))
+        folders = {f"{name}_" * (i > 0): source.folder
+                   for i, (name, source) in enumerate(zip(batches.names, batches.sources))}
+    else:
+        batches = Batches(settings.data, "train", *size, settings.seed, **place)
     if settings.replay:
         old = Batches(settings.replay, "train", *size, settings.seed, **place)
         batches = Replay(batches, old, settings.replay_share)
-        validation["old_"] = Batches(settings.replay, "val", *size, stride=settings.eval_stride, **place)
+    validation = {name: Batches(folder, "val", *size, stride=settings.eval_stride, **place)
+                  for name, folder in folders.items()}
     return batches, validation
 
 
@@ -595,9 +611,9 @@ def build_model(settings: Settings, batches: Batches) -> tuple[Transformer, Toke
 
     Raises UserError where tokenizer, shards and model do not belong together.
     """
-    tokenizer = load_tokenizer(Path(settings.data) / "tokenizer.json")
+    tokenizer = load_tokenizer(batches.folder / "tokenizer.json")
     if tokenizer.fingerprint != batches.meta["tokenizer"]:
-        raise UserError(f"{settings.data}/tokenizer.json is not the tokenizer that made the shards beside "
+        raise UserError(f"{batches.folder}/tokenizer.json is not the tokenizer that made the shards beside "
                         f"it; run data.py again")
     known = (tokenizer.fingerprint, with_fim_tokens(tokenizer).fingerprint)
     if settings.objective == "fim":
@@ -641,7 +657,7 @@ def planned_config(settings: Settings, vocab_size: int | None = None) -> ModelCo
     if settings.init_from:
         return with_rope(model_config(Path(settings.init_from) / "config.json"), settings)
     if vocab_size is None:
-        meta = Path(settings.data) / "meta.json"
+        meta = first_source(settings.data) / "meta.json"
         vocab_size = json.loads(meta.read_text(encoding="utf-8"))["vocab_size"] if meta.exists() else 4096
     shape = {name: getattr(settings, name) for name in SHAPE}
     shape["max_seq_len"] = int(shape["max_seq_len"] / (settings.rope_factor or 1))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def test_thousands_of_pairs_and_held_out_ones_from_held_out_modules(library):
 def test_what_the_pairs_say_is_true_of_the_source(library):
     """Each held-out pair against the library's own file, by another way: ast.unparse and getdoc."""
     conversations, _ = library
-    root = Path(data.sysconfig.get_path("stdlib"))
+    root = Path(sysconfig.get_path("stdlib"))
     by_source = defaultdict(list)
     for conversation in conversations["val"]:
         by_source[conversation["source"]].append(conversation)

@@ -1,0 +1,148 @@
+"""The funnel: what each step of the pipeline took away, in documents, bytes and time, and ten examples of it.
+
+    python funnel.py --data runs/data          # the table, once more; the page is runs/data/report.html
+
+data.py writes it three times: as a table on the screen, as report.json, and as report.html, a page that needs
+nothing else (no script, no font, no network) and follows the reader's choice of light or dark.
+"""
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+from config import UserError
+
+
+def make(tally, settings: dict) -> dict:
+    """The report from the counts of all passes (a pipeline.Tally): what report.json holds."""
+    unread = [{"name": name, "documents": documents, "changed": 0, "bytes": size, "seconds": 0.0,
+               "reasons": {name: documents}, "examples": []}
+              for name, (documents, size) in sorted(tally.rejected.items())]
+    read = [tally.read[i] + sum(step[key] for step in unread) for i, key in enumerate(("documents", "bytes"))]
+    steps = [{"name": name} | step for name, step in tally.steps.items()]
+    return {"read": read, "steps": unread + steps, "kept": tally.kept, "settings": settings}
+
+
+def counts(report: dict) -> dict[str, list[int]]:
+    """{"read", each step that took something away, "kept"} -> [documents, bytes]."""
+    lost = {step["name"]: [step["documents"], step["bytes"]] for step in report["steps"]
+            if step["documents"] or step["bytes"]}
+    return {"read": report["read"]} | lost | {"kept": report["kept"]}
+
+
+def table(report: dict) -> str:
+    """The funnel in lines.
+
+    In a step's row the documents that it dropped, the bytes it took away, from kept documents too, and the
+    processor's seconds, of all processes together.
+    """
+    read = report["read"][1] or 1
+    rows = [f"{'':<22}{'documents':>12}{'changed':>10}{'bytes of text':>18}{'share':>9}{'seconds':>9}",
+            f"{'read':<22}{report['read'][0]:>12,}{'':>10}{report['read'][1]:>18,}{'':>9}{'':>9}"]
+    for step in report["steps"]:
+        rows.append(f"{'  - ' + step['name']:<22}{step['documents']:>12,}{step['changed'] or '':>10}"
+                    f"{step['bytes']:>18,}{step['bytes'] / read:>9.2%}{step['seconds']:>9.2f}")
+    documents, size = report["kept"]
+    rows.append(f"{'kept':<22}{documents:>12,}{'':>10}{size:>18,}{size / read:>9.2%}{'':>9}")
+    return "\n".join(row.rstrip() for row in rows)
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfb; --soft: #6b6b6b; --line: #d9d9d4;
+        --bar: #4a7db5; --lost: #c8553d; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e0; --paper: #17181a; --soft: #9a9a96; --line: #3a3b3e; --bar: #6c9fd6;
+          --lost: #e07a5f; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62em;
+       margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .6em; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child, td:last-child { text-align: left; }
+td:last-child { width: 30%; }
+.bar { display: flex; height: .8em; }
+.bar i { background: var(--bar); } .bar b { background: var(--lost); min-width: 1px; }
+details { margin: .4em 0; } summary { cursor: pointer; } .soft { color: var(--soft); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); margin: .2em 0 .8em;
+      padding-left: .8em; font-size: 13px; }
+"""
+
+
+def page(report: dict) -> str:
+    """The report as one page of HTML."""
+    title = "What is left of the text, and what went where"
+    rows, left, read = [], report["read"][1], report["read"][1] or 1
+    rows.append(row("read", *report["read"], "", "", bar(left / read, 0)))
+    for step in report["steps"]:
+        left -= step["bytes"]
+        drawn = bar(left / read, max(0, step["bytes"]) / read)
+        rows.append(row(step["name"], step["documents"], step["bytes"], step["changed"],
+                        f"{step['seconds']:.2f}", drawn))
+    rows.append(row("kept", *report["kept"], "", "", bar(report["kept"][1] / read, 0)))
+    heads = "".join(f"<th>{head}" for head in (
+        "step", "documents dropped", "bytes taken", "documents changed", "seconds",
+        "of all bytes: left, and taken here"))
+    sections = "\n".join(map(section, filter(lambda step: step["reasons"], report["steps"])))
+    settings = html.escape(json.dumps(report["settings"], ensure_ascii=False, indent=1))
+    return (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n'
+            f"<style>{STYLE}</style>\n"
+            f"<h1>{title}</h1>\n<table>\n<tr>{heads}\n{''.join(rows)}</table>\n{sections}\n"
+            f"<details><summary>settings</summary><pre>{settings}</pre></details>\n</html>\n")
+
+
+def row(name, documents, size, changed, seconds, drawn) -> str:
+    cells = (html.escape(name), f"{documents:,}", f"{size:,}", f"{changed:,}" if changed else "", seconds,
+             drawn)
+    return "<tr>" + "".join(f"<td>{cell}" for cell in cells) + "\n"
+
+
+def bar(left: float, taken: float) -> str:
+    lost = f'<b style="width:{100 * taken:.2f}%"></b>' if taken else ""
+    return f'<div class="bar"><i style="width:{100 * left:.2f}%"></i>{lost}</div>'
+
+
+def section(step: dict) -> str:
+    """A step's reasons by how frequent they are, and its examples: what the reader unfolds."""
+    reasons = ", ".join(f"{html.escape(reason)} {number:,}" for reason, number in
+                        sorted(step["reasons"].items(), key=lambda item: (-item[1], item[0])))
+    examples = ""
+    for example in step["examples"]:
+        source, why, text = (html.escape(example[key]) for key in ("source", "why", "text"))
+        examples += f'<div><b>{source}</b> <span class="soft">{why}</span><pre>{text}</pre></div>'
+    name = html.escape(step["name"])
+    return (f'<details><summary><b>{name}</b> <span class="soft">{reasons}</span></summary>{examples}'
+            f"</details>")
+
+
+def write(folder: Path, report: dict) -> None:
+    with config.open_whole(folder / "report.json", "w") as file:
+        json.dump(report, file, indent=1, ensure_ascii=False)
+    with config.open_whole(folder / "report.html", "w") as file:
+        file.write(page(report))
+
+
+@dataclass
+class Settings:
+    data: str = "runs/data"  # a folder that data.py wrote
+    examples: int = 0  # of each step to print
+
+    def __post_init__(self):
+        config.require(self, examples=(0, None))
+
+
+def main():
+    settings = config.parse(Settings)
+    path = Path(settings.data, "report.json")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; python data.py --out {settings.data} writes it")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    print(table(report))
+    for step in report["steps"]:
+        for example in step["examples"][:settings.examples]:
+            print(f"\n{step['name']}: {example['source']}: {example['why']}\n    "
+                  + example["text"].replace("\n", "\n    "))
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -547,8 +547,9 @@ def reply_to(asked: Sequence[dict], model: Transformer, tokenizer: Tokenizer,
     """The model's own last reply in each conversation, and whether it ended by itself."""
     template = TEMPLATES[settings.template]
     prompts = [render(conversation["messages"][:-1], tokenizer, True, template)[0] for conversation in asked]
-    return answers(model.eval(), prompts, tokenizer, [tokenizer.special_tokens[template.end]],
-                   repetition_penalty=settings.repetition_penalty)
+    longest = min(200, model.config.max_seq_len // 2)  # most prompts leave room for that, and share batches
+    return answers(model.eval(), prompts, tokenizer, [tokenizer.special_tokens[template.end]], longest,
+                   settings.repetition_penalty)
 
 
 def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings, env: Env):

@@ -322,14 +322,14 @@ class Settings(Loop, Adapter):
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
     rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = "yarn"  # the rule by which a
         # model reads further than its max_seq_len, where seq_len is longer; none: it shall not
-    epochs: float = 1.5  # how often each conversation is seen
+    epochs: float = 2.0  # how often each conversation is seen
     steps: int | None = None  # updates; none: as many as the epochs take
     seq_len: int = 256  # tokens a window; a longer conversation is dropped, and counted
     batch_size: int = 16  # windows a step
     lr: float = 0.015  # peak learning rate of the matrices in blocks
     adam_lr: float = 3e-3  # of embedding, head and norms
     replay: str | None = "runs/data"  # token shards of plain text, against forgetting; none: none
-    replay_share: float = 0.15  # of the windows; 0: only watched
+    replay_share: float = 0.1  # of the windows; 0: only watched
     train_layers: str = "all"  # all, norms, embeddings (head included), or lastN: the last N blocks and head
     neftune: float = 0.0  # noise on embeddings in training (5 to 15 are usual; Jain et al. 2023); 0: none
     loss_on_prompts: bool = False  # learn what the user says, too
@@ -495,8 +495,7 @@ def pack(settings: Settings, examples: dict[str, list[Example]], tokenizer: Toke
         check_tokenizer(settings, old, tokenizer, template)
         batches.meta = old.meta  # ids of plain text are the same
         batches = Replay(batches, old, settings.replay_share)
-        validation["plain_"] = PlainText(settings.replay, "val", size[0], reach, **place, verify=verify,
-                                         stride=max(1, reach // 2))
+        validation["plain_"] = PlainText(settings.replay, "val", size[0], reach, **place, verify=verify)
     return batches, validation
 
 

@@ -568,8 +568,8 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings,
         print(f"{'-' * 80}\n{question}\n>>> before: {old[0]!r:.200}\n>>> after:  {new[0]!r:.200}\n"
               f">>> author: {truth!r:.200}")
     lines = map(json.loads, Path(settings.out, "log.jsonl").read_text(encoding="utf-8").splitlines())
-    print(f"model: {settings.out}; {sum(line['seconds'] for line in lines):.0f} s in steps, peak memory "
-          f"{last.get('memory_gib', math.nan):.3f} GiB")
+    print(f"{'-' * 80}\n{sum(line['seconds'] for line in lines):.0f} s in steps, peak memory "
+          f"{last.get('memory_gib', math.nan):.3f} GiB\nmodel: {settings.out}")
 
 
 if __name__ == "__main__":

@@ -523,7 +523,7 @@ def test_the_output_tells_what_was_chosen_and_both_sides_of_the_training(finishe
 
 def test_before_means_as_the_base_model_was(finished, base):
     model, _ = load_model(base / "base")
-    text = data.Batches(base / "shards", "val", 4, 64, stride=32)
+    text = data.Batches(base / "shards", "val", 4, 64)
     expected = train.evaluate(model, text, train.next_token_loss, CPU)["bits_per_byte"]
     told = next(line for line in finished[0].splitlines() if line.startswith("plain text, bits per byte"))
     # two rows more share in the softmax (under 1 %); printed with four digits

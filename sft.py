@@ -322,20 +322,20 @@ class Settings(Loop, Adapter):
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
     rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = "yarn"  # the rule by which a
         # model reads further than its max_seq_len, where seq_len is longer; none: it shall not
-    epochs: float = 2.0  # how often each conversation is seen
+    epochs: float = 1.75  # how often each conversation is seen
     steps: int | None = None  # updates; none: as many as the epochs take
     seq_len: int = 256  # tokens a window; a longer conversation is dropped, and counted
     batch_size: int = 16  # windows a step
     lr: float = 0.015  # peak learning rate of the matrices in blocks
     adam_lr: float = 3e-3  # of embedding, head and norms
     replay: str | None = "runs/data"  # token shards of plain text, against forgetting; none: none
-    replay_share: float = 0.1  # of the windows; 0: only watched
+    replay_share: float = 0.15  # of the windows; 0: only watched
     train_layers: str = "all"  # all, norms, embeddings (head included), or lastN: the last N blocks and head
     neftune: float = 0.0  # noise on embeddings in training (5 to 15 are usual; Jain et al. 2023); 0: none
     loss_on_prompts: bool = False  # learn what the user says, too
     show_mask: int = 0  # first print so many conversations, with what is learnt of them in green
     questions: int = 200  # held-out questions to answer before and after; 0: none
-    repetition_penalty: float = 1.1  # of all those answers (Keskar et al. 2019); 1: none
+    repetition_penalty: float = 1.15  # of all those answers (Keskar et al. 2019); 1: none
     few_shot: bool = False  # also score the model as it was, asked in its best few-shot form (minutes)
 
     free = {"val_share", "on_bad_line", "make_data", "show_mask", "questions", "repetition_penalty",

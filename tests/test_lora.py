@@ -164,9 +164,10 @@ def test_outputs_and_gradients_equal_pefts(kind, tied):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("token_ids", [(), (7, 9)])
-def test_merged_equals_adapted_and_unmerged_the_base_within_two_roundings(kind, token_ids):
-    model = adapted_model(token_ids=token_ids, **KINDS[kind])
+@pytest.mark.parametrize("token_ids, tied", [((), False), ((7, 9), False), ((7, 9), True)])
+def test_merged_equals_adapted_and_unmerged_the_base_within_two_roundings(kind, token_ids, tied):
+    model = random_model(attention_bias=True, tie_embeddings=tied)
+    adapted_model(model=model, token_ids=token_ids, **KINDS[kind])
     before, adapted = base_bytes(model), model(IDS)
     merge_lora(model)
     merged = base_bytes(model)

@@ -333,6 +333,9 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def no_weights(folder: Path) -> UserError:
+    if (folder / "adapter_config.json").is_file():
+        return UserError(f"{folder} is an adapter, no whole model; merge it with its base: python lora.py "
+                         f"merge --base F --adapter {folder} --out F")
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     if not pickles:
         return UserError(f"{folder} has no model.safetensors")

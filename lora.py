@@ -452,6 +452,15 @@ def fingerprint(folder) -> str:
     return digest.hexdigest()
 
 
+def trained_on(folder: Path) -> dict:
+    """base_of the model whose adapter lies in a folder of ours; empty for one of peft's."""
+    base = read_json(folder / "base.json", {})
+    if base and not (isinstance(base.get("folder"), str) and isinstance(base.get("sha256"), str)
+                     and base.get("quantize") in (None, *QUANTIZE)):
+        raise UserError(f"{folder / 'base.json'} is damaged: {str(base):.100}")
+    return base
+
+
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder, name: str = "default") -> nn.Module:
     """Give the model the adapter of a folder, of ours or of peft's, and put it to work.
@@ -468,8 +477,8 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> nn.Module:
         part = next(ours for ours, theirs in PARTS.items() if theirs == layer[2])
         found.setdefault(layer[1], {})[part] = key
     ids = token_ids_of(config)
-    grow(model, max(ids, default=-1) + 1)
     check_base(folder, config, found, entries, model)
+    grow(model, max(ids, default=-1) + 1)
     add_lora(model, config["r"], config["lora_alpha"], [layer for layer in found if "lora_A" in found[layer]],
              config.get("lora_dropout") or 0.0, bool(config.get("use_rslora")),
              use_dora=bool(config.get("use_dora")), name=name, token_ids=ids)
@@ -492,9 +501,12 @@ def adapter_config(folder: Path) -> dict:
         wrong = ", ".join(f"{key} {config.get(key)!r:.60}" for key in wrong)
         raise UserError(f"{folder / CONFIG}: {wrong} is not supported here; known are LoRA, rsLoRA and DoRA "
                         f"of linear layers, and rows of tokens")
-    if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise UserError(f"{folder / CONFIG} is damaged: r {config.get('r')!r:.60}, lora_alpha "
-                        f"{config.get('lora_alpha')!r:.60}")
+    number, nothing = (int, float), type(None)
+    for key, types in {"r": int, "lora_alpha": number, "lora_dropout": (*number, nothing),
+                       "use_rslora": (bool, nothing), "use_dora": (bool, nothing),
+                       "base_model_name_or_path": (str, nothing)}.items():
+        if not isinstance(config.get(key), types):
+            raise UserError(f"{folder / CONFIG} is damaged: {key} is {config.get(key)!r:.60}")
     return config
 
 
@@ -504,7 +516,12 @@ def token_ids_of(config: dict) -> list[int]:
     if any(ids != lists[0] for ids in lists):
         raise UserError(f"trainable_token_indices {indices!r:.100} name other tokens for the head than for "
                         f"the embedding, which is not supported here")
-    return lists[0] if lists else []
+    ids = lists[0] if lists else []
+    if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids) \
+            or len(set(ids)) < len(ids):
+        raise UserError(f"trainable_token_indices {indices!r:.100} is damaged: ids of tokens are expected, "
+                        f"each once")
+    return ids
 
 
 def grow(model: nn.Module, vocab_size: int):
@@ -515,18 +532,23 @@ def grow(model: nn.Module, vocab_size: int):
 
 def check_base(folder: Path, config: dict, found: dict, entries: dict, model: nn.Module):
     """Raise UserError unless each layer of the adapter is one of the model, and of its shape."""
-    modules = dict(model.named_modules())
+    modules, ids = dict(model.named_modules()), token_ids_of(config)
+    if ids and isinstance(model, Transformer) and max(ids) >= model.config.vocab_size + len(ids):
+        raise UserError(f"{folder} is an adapter for another base: it has a row for token {max(ids)}, "
+                        f"and this model has {model.config.vocab_size} tokens")
     for layer, parts in found.items():
         module = modules.get(layer)
         if module is None or "lora_A" in parts and not is_linear(module):
             raise UserError(f"{folder} is an adapter for another base: this model has no linear layer "
                             f"{layer:.100}")
-        if "token_rows" in parts:
-            continue
-        rows, columns = module.out_features, module.in_features
-        wanted = {"lora_A": (config["r"], columns), "lora_B": (rows, config["r"])}
-        if config.get("use_dora"):
-            wanted["lora_magnitude"] = (rows,)
+        if "lora_A" in parts or is_linear(module) and "token_rows" not in parts:
+            rows, columns = module.out_features, module.in_features
+            wanted = {"lora_A": (config["r"], columns), "lora_B": (rows, config["r"])}
+            if config.get("use_dora"):
+                wanted["lora_magnitude"] = (rows,)
+        else:
+            has_rows = layer in ("model.embed_tokens", "lm_head") and bool(ids)
+            wanted = {"token_rows": (len(ids), module.weight.size(1))} if has_rows else {}
         shapes = {part: entries[key].shape for part, key in parts.items()}
         if shapes != wanted:
             part = next(part for part in {**wanted, **shapes} if shapes.get(part) != wanted.get(part))
@@ -540,15 +562,15 @@ def open_model(folder, device="cpu",
                dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
     """checkpoint.load_model, for adapters' folders too: their base is read, and they are merged into it."""
     folder = Path(folder)
-    folder = next((place for place in (folder, folder / "adapter") if (place / CONFIG).is_file()), folder)
+    if not (folder / "model.safetensors").is_file():  # a merged model needs its base no more
+        folder = next((place for place in (folder, folder / "adapter") if (place / CONFIG).is_file()), folder)
     if not (folder / CONFIG).is_file() or (folder / "model.safetensors").is_file():
         return checkpoint.load_model(folder, device, dtype)
     base = adapter_config(folder).get("base_model_name_or_path")
     if not base or not Path(base).is_dir():
         raise UserError(f"{folder} is an adapter for {base}, and there is no such folder here; merge it with "
                         f"the one you have: python lora.py merge --base F --adapter {folder} --out F")
-    quantize = read_json(folder / "base.json", {}).get("quantize")
-    model, tokenizer = load_base(base, quantize, device, dtype)
+    model, tokenizer = load_base(base, trained_on(folder).get("quantize"), device, dtype)
     reads_as(model, folder)
     remove_lora(merge_lora(load_adapter(model, folder), dequantize=True))
     return model.eval(), checkpoint.load_tokenizer(folder, model.config) or tokenizer
@@ -687,17 +709,17 @@ def merge(settings: Merge):
     for other in (settings.base, settings.adapter):
         if out.resolve() == Path(other).resolve():
             raise UserError(f"--out {out} is what is to be read; choose another")
-    trained_on = read_json(adapter / "base.json", {})
-    if trained_on.get("quantize") and settings.dequantized is None:
-        raise UserError(f"{adapter} was trained on a base quantised to {trained_on['quantize']}; pass "
+    known = trained_on(adapter)
+    if known.get("quantize") and settings.dequantized is None:
+        raise UserError(f"{adapter} was trained on a base quantised to {known['quantize']}; pass "
                         f"--dequantized to merge it into that base, dequantised, or --no-dequantized to "
                         f"merge it into the full one")
-    if settings.dequantized and not trained_on.get("quantize"):
+    if settings.dequantized and not known.get("quantize"):
         raise UserError(f"--dequantized: {adapter} does not say that its base was quantised; leave it out")
-    if trained_on and trained_on["sha256"] != fingerprint(settings.base):
+    if known and known["sha256"] != fingerprint(settings.base):
         print(f"note: {adapter} was trained on other weights than those of {settings.base}, on "
-              f"{trained_on['folder']}")
-    merge_folders(settings.base, adapter, out, trained_on.get("quantize") if settings.dequantized else None)
+              f"{known['folder']}")
+    merge_folders(settings.base, adapter, out, known.get("quantize") if settings.dequantized else None)
     print(f"model: {out}")
 
 

@@ -18,7 +18,7 @@ import sft
 import train
 from bpe import Tokenizer
 from chat import with_chat_tokens
-from checkpoint import load_model, load_state, read_tensors, save_model
+from checkpoint import load_model, load_state, read_tensors, save_model, write_tensors
 from config import UserError
 from costs import estimate_memory
 from lora import (adapter_off, add_lora, dequantize_int8, dequantize_nf4, load_adapter, lora_state,
@@ -164,9 +164,10 @@ def test_outputs_and_gradients_equal_pefts(kind, tied):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("token_ids", [(), (7, 9)])
-def test_merged_equals_adapted_and_unmerged_the_base_within_two_roundings(kind, token_ids):
-    model = adapted_model(token_ids=token_ids, **KINDS[kind])
+@pytest.mark.parametrize("token_ids, tied", [((), False), ((7, 9), False), ((7, 9), True)])
+def test_merged_equals_adapted_and_unmerged_the_base_within_two_roundings(kind, token_ids, tied):
+    model = random_model(attention_bias=True, tie_embeddings=tied)
+    adapted_model(model=model, token_ids=token_ids, **KINDS[kind])
     before, adapted = base_bytes(model), model(IDS)
     merge_lora(model)
     merged = base_bytes(model)
@@ -735,6 +736,52 @@ def test_an_adapter_whose_base_is_not_there_says_so(tmp_path):
     save_adapter(adapted_model(), tmp_path)
     with pytest.raises(UserError, match="is an adapter for None, and there is no such folder here; merge it"):
         lora.open_model(tmp_path)
+
+
+@pytest.mark.parametrize("option, value", [
+    ("r", "4"), ("r", None), ("lora_alpha", "8"), ("lora_alpha", float("nan")), ("lora_dropout", "much"),
+    ("use_rslora", "false"), ("use_dora", 1), ("base_model_name_or_path", 5), ("trainable_token_indices", 5),
+    ("trainable_token_indices", [-1, 3]), ("trainable_token_indices", ["a", "b"]),
+    ("trainable_token_indices", [3, 3]), ("trainable_token_indices", [3, 10 ** 12]),
+    ("trainable_token_indices", [3]), ("trainable_token_indices", None)])
+def test_a_damaged_adapter_config_is_one_line(tmp_path, option, value):
+    save_adapter(adapted_model(token_ids=[3, 4]), tmp_path)
+    config = json.loads((tmp_path / lora.CONFIG).read_text("utf-8"))
+    (tmp_path / lora.CONFIG).write_text(json.dumps({**config, option: value}), "utf-8")
+    with pytest.raises(UserError, match="damaged|another base|out of range"):
+        load_adapter(random_model(), tmp_path)
+
+
+@pytest.mark.parametrize("layer", ["model.layers.0.self_attn.q_proj", "model.norm", "model", "lm_head"])
+def test_rows_of_tokens_are_of_the_embedding_or_the_head_and_of_their_shape(tmp_path, layer):
+    save_adapter(adapted_model(token_ids=[3, 4]), tmp_path)
+    tensors = read_tensors(tmp_path / lora.WEIGHTS)
+    tensors[f"base_model.model.{layer}.token_adapter.trainable_tokens_delta"] = torch.zeros(1, 32)
+    write_tensors(tmp_path / lora.WEIGHTS, tensors)
+    with pytest.raises(UserError, match="is an adapter for another base: token_rows of "):
+        load_adapter(random_model(), tmp_path)
+
+
+def test_a_damaged_base_json_is_one_line(tmp_path, monkeypatch, capsys):
+    base_and_adapter(tmp_path)
+    for damage in ({"quantize": "nf3"}, {"sha256": None}, {"folder": 5}):
+        base = json.loads((tmp_path / "adapter" / "base.json").read_text("utf-8"))
+        (tmp_path / "adapter" / "base.json").write_text(json.dumps({**base, **damage}), "utf-8")
+        code, _, err = in_process(monkeypatch, capsys, lora.main, "merge", "--base", tmp_path / "base",
+                                  "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+        assert code == 2 and "base.json is damaged" in err
+
+
+def test_a_merged_folder_opens_without_its_base_and_an_adapter_is_no_base(tmp_path):
+    model = base_and_adapter(tmp_path)
+    (tmp_path / "run").mkdir()
+    lora.merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "run")
+    shutil.move(tmp_path / "adapter", tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "base")
+    opened, _ = lora.open_model(tmp_path / "run")
+    torch.testing.assert_close(opened(IDS), model(IDS), rtol=1e-5, atol=1e-5)  # sums in another order
+    with pytest.raises(UserError, match="is an adapter, no whole model; merge it with its base"):
+        lora.load_base(tmp_path / "run" / "adapter")
 
 
 def test_lora_py_without_a_word_says_what_it_does(monkeypatch, capsys):

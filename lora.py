@@ -570,7 +570,11 @@ def open_model(folder, device="cpu",
     if not base or not Path(base).is_dir():
         raise UserError(f"{folder} is an adapter for {base}, and there is no such folder here; merge it with "
                         f"the one you have: python lora.py merge --base F --adapter {folder} --out F")
-    model, tokenizer = load_base(base, trained_on(folder).get("quantize"), device, dtype)
+    known = trained_on(folder)
+    if known and known["sha256"] != fingerprint(base):
+        raise UserError(f"{folder} was trained on other weights than those that lie in {base} now; find them, "
+                        f"or merge it all the same: python lora.py merge --other_base")
+    model, tokenizer = load_base(base, known.get("quantize"), device, dtype)
     reads_as(model, folder)
     remove_lora(merge_lora(load_adapter(model, folder), dequantize=True))
     return model.eval(), checkpoint.load_tokenizer(folder, model.config) or tokenizer
@@ -669,6 +673,12 @@ class Adapter:
         if self.tensor_parallel > 1:
             raise UserError(f"--tensor_parallel {self.tensor_parallel} does not know adapters; pass "
                             f"--data_parallel fsdp, or --lora_rank 0")
+        if self.lora_dropout and "lm_head" in self.lora_targets:
+            raise UserError(f"--lora_dropout {self.lora_dropout} cannot reach lm_head, whose weight the loss "
+                            f"reads whole; leave one of them out")
+        if self.lr not in (type(self).lr, self.lora_lr):
+            raise UserError(f"--lr {self.lr} is the rate of weights, which adapters leave as they are; pass "
+                            f"--lora_lr")
         self.lr = self.lora_lr  # what the schedule falls from, and the log shows
 
 
@@ -699,6 +709,8 @@ class Merge:
     out: str  # folder to write: a plain model
     dequantized: bool | None = None  # of an adapter that was trained on a quantised base: merge into what it
         # saw, the base quantised and dequantised, or (--no-dequantized) into the base
+    other_base: bool = False  # `base` has other weights than those that the adapter was trained on; merge all
+                              # the same
     overwrite: bool = False  # replace the model in `out`
 
 
@@ -716,9 +728,10 @@ def merge(settings: Merge):
                         f"merge it into the full one")
     if settings.dequantized and not known.get("quantize"):
         raise UserError(f"--dequantized: {adapter} does not say that its base was quantised; leave it out")
-    if known and known["sha256"] != fingerprint(settings.base):
-        print(f"note: {adapter} was trained on other weights than those of {settings.base}, on "
-              f"{known['folder']}")
+    if known and known["sha256"] != fingerprint(settings.base) and not settings.other_base:
+        raise UserError(f"{adapter} was trained on other weights than those of {settings.base} (on "
+                        f"{known['folder']}, as it then was; or is it merged already?); pass --other_base to "
+                        f"merge it all the same")
     merge_folders(settings.base, adapter, out, known.get("quantize") if settings.dequantized else None)
     print(f"model: {out}")
 

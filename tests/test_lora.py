@@ -595,14 +595,37 @@ def test_a_merged_folder_is_a_plain_model_that_says_what_the_adapted_one_did(tmp
     assert code == 2 and "merged exists; choose another --out, or pass --overwrite" in err
 
 
-def test_merging_into_other_weights_of_the_same_shapes_is_told(tmp_path, monkeypatch, capsys):
+def test_merging_into_other_weights_of_the_same_shapes_and_twice_is_refused_unless_asked_for(tmp_path, monkeypatch, capsys):
     base_and_adapter(tmp_path)
     other = random_model(vocab_size=259)
     other.lm_head.weight.data += 1
     save_model(other, PLAIN, tmp_path / "other")
     words = ["--base", tmp_path / "other", "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
-    code, out, err = in_process(monkeypatch, capsys, lora.main, "merge", *words)
-    assert code == 0 and "was trained on other weights than those of" in out, err
+    code, _, err = in_process(monkeypatch, capsys, lora.main, "merge", *words)
+    assert code == 2 and "was trained on other weights than those of" in err
+    assert in_process(monkeypatch, capsys, lora.main, "merge", *words, "--other_base")[0] == 0
+    again = ["--base", tmp_path / "merged", *words[2:4], "--out", tmp_path / "twice"]
+    code, _, err = in_process(monkeypatch, capsys, lora.main, "merge", *again)
+    assert code == 2 and "or is it merged already?" in err and not (tmp_path / "twice").exists()
+
+
+def test_an_adapter_opens_only_on_the_weights_that_it_was_trained_on(tmp_path):
+    base_and_adapter(tmp_path)
+    lora.open_model(tmp_path / "adapter")
+    other = random_model(vocab_size=259)
+    other.lm_head.weight.data += 1
+    shutil.rmtree(tmp_path / "base")
+    save_model(other, PLAIN, tmp_path / "base")
+    with pytest.raises(UserError, match="was trained on other weights than those that lie in"):
+        lora.open_model(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(lr=0.03), "--lr 0.03 is the rate of weights, which adapters leave as they are; pass --lora_lr"),
+    (dict(lora_dropout=0.1, lora_targets=("q_proj", "lm_head")), "--lora_dropout 0.1 cannot reach lm_head")])
+def test_settings_that_would_do_nothing_are_refused(given, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        sft.Settings(lora_rank=4, **given)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

@@ -188,10 +188,10 @@ def web_lines(document: dict) -> Verdict | None:
 
 
 def script_step(scripts: tuple[str, ...]) -> Step:
-    from languages import dominant_script
+    from languages import dominant_script, script_counts
 
     def judge(document):
-        script = dominant_script(document["text"])
+        script = dominant_script(script_counts(document["text"]))
         return None if script in scripts else Verdict(None, f"script: {script or 'no letters'}")
     return alone("script", judge)
 
@@ -220,6 +220,7 @@ def passages_step(length: int) -> Step:
 
 def benchmark_step(settings: Cleaning) -> Step:
     benchmarks = {path: [item["text"] for item in benchmark_items(path)] for path in settings.benchmark}
+    dedup.contamination([], benchmarks, settings.ngram)  # a file that cannot be used is told now, not later
 
     def judge(documents, places):
         texts = [document["text"] for document in documents]
@@ -238,6 +239,16 @@ def benchmark_items(path: str) -> list[dict]:
     return items
 
 
+def warn_of_ngram(settings: Cleaning, documents: Iterable[dict]) -> None:
+    """Tell where every document is shorter than what --benchmark looks for. Reads up to one that is not."""
+    ngram = settings.ngram
+    items = (len(dedup.words_of(item["text"])) for path in settings.benchmark for item in benchmark_items(path))
+    least = min(min(ngram, words) for words in items if words >= min(dedup.SHORTEST, ngram))  # as dedup has it
+    if all(len(dedup.words_of(document["text"])) < least for document in documents):
+        print(f"warning: no document has {least:,} words, so nothing of --benchmark could be found; pass a "
+              f"smaller --ngram than {ngram:,}")
+
+
 def classifier_step(paths: tuple[str, ...]) -> Step:
     from classifier import Classifier, votes
     classifiers = [Classifier.load(path) for path in paths]
@@ -251,6 +262,8 @@ def classifier_step(paths: tuple[str, ...]) -> Step:
 def perplexity_step(folder: str) -> Step:
     from perplexity import NgramModel, perplexity_problem
     model = NgramModel.load(folder)
+    if model.bounds is None:
+        raise UserError(f"--perplexity {folder} has no bounds; make one that has: python perplexity.py --out …")
 
     def judge(documents, places):
         for bits in model.bits_per_byte([document["text"] for document in documents]):

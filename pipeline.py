@@ -568,7 +568,8 @@ def decide_near(work: Work, before: str, name: str, offsets: list[int], threshol
     paths = [work.path(before, unit, "jsonl") for unit in range(len(offsets) - 1)]
     keys = np.concatenate([np.fromfile(work.path(before, unit, "keys"), "<u8") for unit in range(len(paths))])
     texts = dedup.StoredTexts(paths)
-    kept = dedup.near_duplicates(texts, threshold, keys=keys.reshape(len(texts), -1))
+    keys = keys.reshape(len(texts), dedup.band_keys([]).shape[1])  # -1 would not do where no text is left
+    kept = dedup.near_duplicates(texts, threshold, keys=keys)
     drop = kept != np.arange(len(kept))
     write_drops(work, name, [drop[start:end] for start, end in zip(offsets, offsets[1:])])
     why = {one: f"Jaccard {dedup.jaccard(texts[one], texts[int(kept[one])]):.2f} with "

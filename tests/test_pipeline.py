@@ -398,6 +398,12 @@ def test_documents_and_lines_that_are_too_large_stop_the_run_or_are_counted(tmp_
     assert len(kept) == 2 and meta["funnel"]["large"] == [2, 50_000 + 50_013]
 
 
+@pytest.mark.parametrize("texts, dropped", [([" ", "\n"], "2 empty"), (["too short for a page"] * 2, "1 quality")])
+def test_where_nothing_is_left_all_steps_pass_and_it_is_one_line(tmp_path, texts, dropped):
+    with pytest.raises(UserError, match=f"no text is left of the input: .*{dropped}"):
+        run(tmp_path, texts, clean=True, benchmark=(), scripts=("Latin",))
+
+
 def test_a_line_of_any_length_takes_bounded_memory():
     class Endless:
         """A line of a gigabyte that is made as it is read."""

@@ -46,7 +46,7 @@ class Cleaning:
     """The steps that drop or change documents. None: off, or with --clean the value in CLEAN."""
     clean: bool = False  # switch on every step below that needs no file of yours, as CLEAN says
     quality: str | None = None  # rules of quality: web, encyclopedia, forum, code; auto: code for Python
-                                # sources, else web; none
+                                # sources, else web; off
     rules: tuple[str, ...] = ()  # bounds of those to change: words=20: html=off
     scripts: tuple[str, ...] = ()  # keep documents that are mostly in these: Latin Han …
     languages: str | None = None  # a file of languages.py, to tell languages by
@@ -68,10 +68,10 @@ class Cleaning:
         for name, value in CLEAN.items():
             if getattr(self, name) is None:
                 setattr(self, name, value if self.clean else OFF[name])
-        config.require(self, quality={"none", "auto", *TABLES}, near=(0, 1), lines=(0, None),
+        config.require(self, quality={"off", "auto", *TABLES}, near=(0, 1), lines=(0, None),
                        passages=(0, None), ngram=(1, None), contaminated={"drop", "cut"},
                        most_bytes=(1, None), shard_bytes=(1, None))
-        if self.rules and self.quality in ("none", "auto"):
+        if self.rules and self.quality in ("off", "auto"):
             raise UserError(f"--rules {' '.join(self.rules)} needs --quality {' or '.join(TABLES)}: of which "
                             f"table")
         if bool(self.languages) != bool(self.keep_languages):
@@ -81,7 +81,7 @@ class Cleaning:
 
 
 CLEAN = {"quality": "auto", "lines": 60, "near": 0.8, "passages": 400, "redact": True}
-OFF = {"quality": "none", "lines": 0, "near": 0.0, "passages": 0, "redact": False}
+OFF = {"quality": "off", "lines": 0, "near": 0.0, "passages": 0, "redact": False}
 
 
 def rules(settings: Cleaning) -> str:
@@ -89,7 +89,7 @@ def rules(settings: Cleaning) -> str:
     lines = [f"dropped are documents that are empty, equal to an earlier one, or a generated table (Python "
              f"of {TABLE_CHARACTERS:,} characters\nor more, over {TABLE_SHARE:.0%} of them on lines that "
              f"begin with a string or a number)"]
-    if settings.quality != "none":
+    if settings.quality != "off":
         lines.append(f"by rules of quality: {settings.quality} {' '.join(settings.rules)}".rstrip())
     if settings.near:
         lines.append(f"near-duplicates from Jaccard {settings.near:g} on: {dedup.curve_line()}")
@@ -364,7 +364,7 @@ class Pass(NamedTuple):
 def passes(settings: Cleaning, work: Work) -> list[Pass]:
     """The passes that these settings ask for, the first two always."""
     cheap = []
-    if settings.quality != "none":
+    if settings.quality != "off":
         cheap += [alone("web lines", web_lines)] * (settings.quality == "web") + [quality_step(settings)]
     if settings.scripts:
         cheap.append(script_step(settings.scripts))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config
 import data
 import dedup
 import documents
@@ -202,7 +203,13 @@ def test_passages_that_stood_before_are_cut(tmp_path):
 def test_clean_switches_the_steps_on_and_a_setting_goes_before(tmp_path):
     settings = Settings(clean=True, near=0.0)
     assert (settings.quality, settings.redact, settings.near) == ("auto", True, 0)
-    assert (Settings().quality, Settings().redact, Settings().near, Settings().lines) == ("none", False, 0, 0)
+    assert (Settings().quality, Settings().redact, Settings().near, Settings().lines) == ("off", False, 0, 0)
+
+
+def test_each_step_of_clean_can_be_switched_off_on_the_command_line():
+    words = "--clean --quality off --lines 0 --near 0 --passages 0 --redact false".split()
+    settings = config.parse(Settings, words)                 # "none" would mean: not said
+    assert all(getattr(settings, name) == value for name, value in pipeline.OFF.items())
 
 
 def test_without_a_step_asked_for_the_funnel_is_empty_tables_and_duplicates(tmp_path):

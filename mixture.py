@@ -250,12 +250,14 @@ def checked(content, where: str) -> dict:
             refuse(key in KEYS, f"{about}: unknown key {key!r}; there are {', '.join(KEYS)}")
             kind, words = KEYS[key]
             right = type(value) is kind or (kind is float and type(value) is int)
-            refuse(right and (type(value) is not float or math.isfinite(value)), f"{about}: {key} {value!r} is not {words}")
+            refuse(right and (type(value) is not float or math.isfinite(value)),
+                   f"{about}: {key} {value!r} is not {words}")
         order = phase.get("order", "random")
         refuse(order in ORDERS, f"{about}: order {order!r} is not one of {', '.join(ORDERS)}")
     files = content.get("difficulty", {"files": {}})
     files = files.get("files") if isinstance(files, dict) else None
-    refuse(isinstance(files, dict) and all(isinstance(entry, dict) and {"file", "sha256", "shard"} <= entry.keys()
+    needed = {"file", "sha256", "shard"}
+    refuse(isinstance(files, dict) and all(isinstance(entry, dict) and needed <= entry.keys()
                                            for entry in files.values()),
            '"difficulty" is not what --score writes; remove it, and score anew')
     return content

@@ -242,8 +242,9 @@ def benchmark_items(path: str) -> list[dict]:
 def warn_of_ngram(settings: Cleaning, documents: Iterable[dict]) -> None:
     """Tell where every document is shorter than what --benchmark looks for. Reads up to one that is not."""
     ngram = settings.ngram
-    items = (len(dedup.words_of(item["text"])) for path in settings.benchmark for item in benchmark_items(path))
-    least = min(min(ngram, words) for words in items if words >= min(dedup.SHORTEST, ngram))  # as dedup has it
+    items = (len(dedup.words_of(item["text"])) for path in settings.benchmark
+             for item in benchmark_items(path))
+    least = min(min(ngram, words) for words in items if words >= min(dedup.SHORTEST, ngram))
     if all(len(dedup.words_of(document["text"])) < least for document in documents):
         print(f"warning: no document has {least:,} words, so nothing of --benchmark could be found; pass a "
               f"smaller --ngram than {ngram:,}")
@@ -263,7 +264,8 @@ def perplexity_step(folder: str) -> Step:
     from perplexity import NgramModel, perplexity_problem
     model = NgramModel.load(folder)
     if model.bounds is None:
-        raise UserError(f"--perplexity {folder} has no bounds; make one that has: python perplexity.py --out …")
+        raise UserError(f"--perplexity {folder} has no bounds; make one that has: "
+                        f"python perplexity.py --out …")
 
     def judge(documents, places):
         for bits in model.bits_per_byte([document["text"] for document in documents]):

@@ -172,7 +172,7 @@ def test_shares_that_make_no_sense_are_refused(phase, complaint):
     ('{"sources": {"a": "x"}, "phases": [{"order": "sorted"}]}', "one of random, easy_first"),
     ('{"sources": {"a": "x"}, "phases": [{"share": Infinity}]}', "share inf is not a number"),
     ('{"sources": {"a": "x"}, "phases": [{}], "difficulty": []}', "not what --score writes"),
-    ('{"sources": {"a": "x"}, "phases": [{}], "difficulty": {"files": {"a": {}}}}', "not what --score writes"),
+    ('{"sources": {"a": "x"}, "phases": [{}], "difficulty": {"files": {"a": {}}}}', "not what --score"),
     ('{"sources": {"a": "x"}, "phases": [{}], "more": 1}', "one object"),
     ('{"sources": {"a": "nowhere"}, "phases": [{}]}', "nowhere holds no token shards")])
 def test_a_file_that_makes_no_sense_is_one_line(tmp_path, content, complaint):

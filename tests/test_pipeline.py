@@ -145,11 +145,13 @@ def test_scripts_keep_the_documents_that_are_mostly_written_in_them(tmp_path):
     kept, told, _ = run(tmp_path, [sentences(0), "Река течёт, и горы стоят.", "床前明月光", "17 + 4"],
                         scripts=("Latin", "Han"), vocab_size=257)
     assert {"a.jsonl:1", "a.jsonl:3"} == set(kept)
-    assert [one["why"] for one in step(told, "script")["examples"]] == ["script: Cyrillic", "script: no letters"]
+    reasons = [one["why"] for one in step(told, "script")["examples"]]
+    assert reasons == ["script: Cyrillic", "script: no letters"]
 
 
 def test_languages_keep_the_documents_in_those_that_are_named(tmp_path):
-    german = ["Der Fluss fließt ruhig und die Berge stehen im Winter still.", "Am Morgen brennt das Licht nicht."]
+    german = ["Der Fluss fließt ruhig und die Berge stehen im Winter still.",
+              "Am Morgen brennt das Licht nicht."]
     model = Languages.train({"english": [sentences(n) for n in range(5)], "german": german})
     model.save(tmp_path / "languages.npz")
     kept, told, _ = run(tmp_path, [sentences(9), *german], languages=str(tmp_path / "languages.npz"),
@@ -405,7 +407,8 @@ def test_documents_and_lines_that_are_too_large_stop_the_run_or_are_counted(tmp_
     assert len(kept) == 2 and meta["funnel"]["large"] == [2, 50_000 + 50_013]
 
 
-@pytest.mark.parametrize("texts, dropped", [([" ", "\n"], "2 empty"), (["too short for a page"] * 2, "1 quality")])
+@pytest.mark.parametrize("texts, dropped", [([" ", "\n"], "2 empty"),
+                                            (["too short for a page"] * 2, "1 quality")])
 def test_where_nothing_is_left_all_steps_pass_and_it_is_one_line(tmp_path, texts, dropped):
     with pytest.raises(UserError, match=f"no text is left of the input: .*{dropped}"):
         run(tmp_path, texts, clean=True, benchmark=(), scripts=("Latin",))

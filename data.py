@@ -47,6 +47,7 @@ from documents import (Rejected, accepted, content_suffix, digest, find_files,  
                        stored_documents, to_line, write_documents)
 from mixture import Replay  # noqa: F401
 from pipeline import Cleaning, Tally, clean, is_table, kept_documents, rules, run_passes  # noqa: F401
+from pipeline import warn_of_ngram
 from privacy import redact_pii  # noqa: F401
 from quality import quality_problems  # noqa: F401
 from work import Work, fingerprint, place
@@ -88,11 +89,16 @@ def prepare(settings: Settings) -> dict | None:
         begin(work, shards)
         read = functools.partial(read_shard, settings, shards)
         last, tally = run_passes(settings, work, len(shards), read, keys.__getitem__)
+        if rank == 0 and settings.benchmark and not tally.steps["benchmark"]["reasons"]:
+            left = stored_documents(*(work.path(last, unit, "jsonl") for unit in range(len(shards))))
+            warn_of_ngram(settings, left)
         work.key = fingerprint(work.key, settings.val_fraction, settings.vocab_size, settings.tokenizer)
         split_documents(settings, work, folder, last, len(shards), tally)
         work.once("tokenizer", lambda: (tokenizer or train_tokenizer(settings, folder, workers)).save(
             folder / "tokenizer.json") or {})
         meta = write_shards(folder, load_tokenizer(folder, say=False), workers, work, settings.shard_bytes)
+        # The first process ends, and the folder goes, when no other needs it: nor is still to begin.
+        work.each("left", world_size, lambda rank: {}, wait=rank == 0)
         if rank > 0:
             return None
         told = funnel.make(tally, asdict(settings))
@@ -409,11 +415,11 @@ def whole_folder(out: Path, overwrite: bool, rank: int = 0) -> Iterator[Path]:
     overwrite), or holds a file that this program did not write.
     """
     out = out.resolve()
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} exists; pass --overwrite to replace it, or another --out")
     if rank > 0:
         yield out.with_name(out.name + ".tmp")
         return
-    if out.exists() and not overwrite:
-        raise UserError(f"--out {out} exists; pass --overwrite to replace it, or another --out")
     refuse_foreign(out)
     fresh, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old.tmp")
     if old.exists() and not out.exists():

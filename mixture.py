@@ -250,9 +250,16 @@ def checked(content, where: str) -> dict:
             refuse(key in KEYS, f"{about}: unknown key {key!r}; there are {', '.join(KEYS)}")
             kind, words = KEYS[key]
             right = type(value) is kind or (kind is float and type(value) is int)
-            refuse(right and value == value, f"{about}: {key} {value!r} is not {words}")
+            refuse(right and (type(value) is not float or math.isfinite(value)),
+                   f"{about}: {key} {value!r} is not {words}")
         order = phase.get("order", "random")
         refuse(order in ORDERS, f"{about}: order {order!r} is not one of {', '.join(ORDERS)}")
+    files = content.get("difficulty", {"files": {}})
+    files = files.get("files") if isinstance(files, dict) else None
+    needed = {"file", "sha256", "shard"}
+    refuse(isinstance(files, dict) and all(isinstance(entry, dict) and needed <= entry.keys()
+                                           for entry in files.values()),
+           '"difficulty" is not what --score writes; remove it, and score anew')
     return content
 
 
@@ -295,8 +302,8 @@ def shares(phase: dict, sizes: dict[str, int], where: str = "phase") -> tuple[Fr
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     total, others = sum(exact.values()), [name for name in sizes if name not in weights]
     temperature = phase.get("temperature", None if weights else 1)
-    if temperature is not None and not 0 < temperature <= 10**6:
-        raise UserError(f"{where}: temperature {temperature} is out of range; it must be more than 0")
+    if temperature is not None and not 10**-6 <= temperature <= 10**6:
+        raise UserError(f"{where}: temperature {temperature} is out of range; it must be 1e-6 to 1e6")
     if temperature is not None and others and total < 1:
         parts = by_temperature({name: sizes[name] for name in others}, temperature)
         exact |= {name: (1 - total) * part for name, part in parts.items()}

@@ -8,8 +8,8 @@
 What is gibberish surprises a model of good text, what is boilerplate does not surprise it at all. So CCNet
 (Wenzek et al. 2020, https://arxiv.org/abs/1911.00359) ranks a crawl by perplexity under a 5-gram model of
 Wikipedia. Here too: bits per byte, so that long and short tokens compare, and bounds that are percentiles of
-held-out good texts (1 and 95): of those it drops as many as the percentiles say, by construction; of others what
-lies outside.
+held-out good texts (1 and 95): of those it drops as many as the percentiles say, by construction; of others
+what lies outside.
 
 The model (Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques for Language Modeling", section
 4.1.6; tokens are ours, of bpe.py). For n-grams of k tokens, with context h and word w:

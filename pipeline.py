@@ -46,7 +46,7 @@ class Cleaning:
     """The steps that drop or change documents. None: off, or with --clean the value in CLEAN."""
     clean: bool = False  # switch on every step below that needs no file of yours, as CLEAN says
     quality: str | None = None  # rules of quality: web, encyclopedia, forum, code; auto: code for Python
-                                # sources, else web; none
+                                # sources, else web; off
     rules: tuple[str, ...] = ()  # bounds of those to change: words=20: html=off
     scripts: tuple[str, ...] = ()  # keep documents that are mostly in these: Latin Han …
     languages: str | None = None  # a file of languages.py, to tell languages by
@@ -68,10 +68,10 @@ class Cleaning:
         for name, value in CLEAN.items():
             if getattr(self, name) is None:
                 setattr(self, name, value if self.clean else OFF[name])
-        config.require(self, quality={"none", "auto", *TABLES}, near=(0, 1), lines=(0, None),
+        config.require(self, quality={"off", "auto", *TABLES}, near=(0, 1), lines=(0, None),
                        passages=(0, None), ngram=(1, None), contaminated={"drop", "cut"},
                        most_bytes=(1, None), shard_bytes=(1, None))
-        if self.rules and self.quality in ("none", "auto"):
+        if self.rules and self.quality in ("off", "auto"):
             raise UserError(f"--rules {' '.join(self.rules)} needs --quality {' or '.join(TABLES)}: of which "
                             f"table")
         if bool(self.languages) != bool(self.keep_languages):
@@ -81,7 +81,7 @@ class Cleaning:
 
 
 CLEAN = {"quality": "auto", "lines": 60, "near": 0.8, "passages": 400, "redact": True}
-OFF = {"quality": "none", "lines": 0, "near": 0.0, "passages": 0, "redact": False}
+OFF = {"quality": "off", "lines": 0, "near": 0.0, "passages": 0, "redact": False}
 
 
 def rules(settings: Cleaning) -> str:
@@ -89,7 +89,7 @@ def rules(settings: Cleaning) -> str:
     lines = [f"dropped are documents that are empty, equal to an earlier one, or a generated table (Python "
              f"of {TABLE_CHARACTERS:,} characters\nor more, over {TABLE_SHARE:.0%} of them on lines that "
              f"begin with a string or a number)"]
-    if settings.quality != "none":
+    if settings.quality != "off":
         lines.append(f"by rules of quality: {settings.quality} {' '.join(settings.rules)}".rstrip())
     if settings.near:
         lines.append(f"near-duplicates from Jaccard {settings.near:g} on: {dedup.curve_line()}")
@@ -188,10 +188,10 @@ def web_lines(document: dict) -> Verdict | None:
 
 
 def script_step(scripts: tuple[str, ...]) -> Step:
-    from languages import dominant_script
+    from languages import dominant_script, script_counts
 
     def judge(document):
-        script = dominant_script(document["text"])
+        script = dominant_script(script_counts(document["text"]))
         return None if script in scripts else Verdict(None, f"script: {script or 'no letters'}")
     return alone("script", judge)
 
@@ -220,6 +220,7 @@ def passages_step(length: int) -> Step:
 
 def benchmark_step(settings: Cleaning) -> Step:
     benchmarks = {path: [item["text"] for item in benchmark_items(path)] for path in settings.benchmark}
+    dedup.contamination([], benchmarks, settings.ngram)  # a file that cannot be used is told now, not later
 
     def judge(documents, places):
         texts = [document["text"] for document in documents]
@@ -238,6 +239,17 @@ def benchmark_items(path: str) -> list[dict]:
     return items
 
 
+def warn_of_ngram(settings: Cleaning, documents: Iterable[dict]) -> None:
+    """Tell where every document is shorter than what --benchmark looks for. Reads up to one that is not."""
+    ngram = settings.ngram
+    items = (len(dedup.words_of(item["text"])) for path in settings.benchmark
+             for item in benchmark_items(path))
+    least = min(min(ngram, words) for words in items if words >= min(dedup.SHORTEST, ngram))
+    if all(len(dedup.words_of(document["text"])) < least for document in documents):
+        print(f"warning: no document has {least:,} words, so nothing of --benchmark could be found; pass a "
+              f"smaller --ngram than {ngram:,}")
+
+
 def classifier_step(paths: tuple[str, ...]) -> Step:
     from classifier import Classifier, votes
     classifiers = [Classifier.load(path) for path in paths]
@@ -251,6 +263,9 @@ def classifier_step(paths: tuple[str, ...]) -> Step:
 def perplexity_step(folder: str) -> Step:
     from perplexity import NgramModel, perplexity_problem
     model = NgramModel.load(folder)
+    if model.bounds is None:
+        raise UserError(f"--perplexity {folder} has no bounds; make one that has: "
+                        f"python perplexity.py --out …")
 
     def judge(documents, places):
         for bits in model.bits_per_byte([document["text"] for document in documents]):
@@ -351,7 +366,7 @@ class Pass(NamedTuple):
 def passes(settings: Cleaning, work: Work) -> list[Pass]:
     """The passes that these settings ask for, the first two always."""
     cheap = []
-    if settings.quality != "none":
+    if settings.quality != "off":
         cheap += [alone("web lines", web_lines)] * (settings.quality == "web") + [quality_step(settings)]
     if settings.scripts:
         cheap.append(script_step(settings.scripts))
@@ -555,7 +570,8 @@ def decide_near(work: Work, before: str, name: str, offsets: list[int], threshol
     paths = [work.path(before, unit, "jsonl") for unit in range(len(offsets) - 1)]
     keys = np.concatenate([np.fromfile(work.path(before, unit, "keys"), "<u8") for unit in range(len(paths))])
     texts = dedup.StoredTexts(paths)
-    kept = dedup.near_duplicates(texts, threshold, keys=keys.reshape(len(texts), -1))
+    keys = keys.reshape(len(texts), dedup.band_keys([]).shape[1])  # -1 would not do where no text is left
+    kept = dedup.near_duplicates(texts, threshold, keys=keys)
     drop = kept != np.arange(len(kept))
     write_drops(work, name, [drop[start:end] for start, end in zip(offsets, offsets[1:])])
     why = {one: f"Jaccard {dedup.jaccard(texts[one], texts[int(kept[one])]):.2f} with "

@@ -157,6 +157,7 @@ def test_weights_go_first_and_the_temperature_has_the_rest():
     ({"weights": {"a": 0.7, "maths": 0.3}}, "'maths' is none of the sources a, b"),
     ({"weights": {"a": 1.5, "b": -0.5}}, "weight 1.5 of a is out of range"),
     ({"weights": {"a": "all"}}, "weight 'all' of a"), ({"temperature": 0}, "temperature 0 is out of range"),
+    ({"temperature": 1e-320}, "temperature 1e-320 is out of range"),
     ({"weights": {"a": 0.6, "b": 0.2}, "temperature": 1}, "sum to 0.8, not 1")])
 def test_shares_that_make_no_sense_are_refused(phase, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -169,6 +170,9 @@ def test_shares_that_make_no_sense_are_refused(phase, complaint):
     ('{"sources": {"a": "x"}, "phases": [{"wieght": 1}]}', "unknown key 'wieght'"),
     ('{"sources": {"a": "x"}, "phases": [{"share": "half"}]}', "'half' is not a number"),
     ('{"sources": {"a": "x"}, "phases": [{"order": "sorted"}]}', "one of random, easy_first"),
+    ('{"sources": {"a": "x"}, "phases": [{"share": Infinity}]}', "share inf is not a number"),
+    ('{"sources": {"a": "x"}, "phases": [{}], "difficulty": []}', "not what --score writes"),
+    ('{"sources": {"a": "x"}, "phases": [{}], "difficulty": {"files": {"a": {}}}}', "not what --score"),
     ('{"sources": {"a": "x"}, "phases": [{}], "more": 1}', "one object"),
     ('{"sources": {"a": "nowhere"}, "phases": [{}]}', "nowhere holds no token shards")])
 def test_a_file_that_makes_no_sense_is_one_line(tmp_path, content, complaint):

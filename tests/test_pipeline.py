@@ -14,12 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config
 import data
 import dedup
 import documents
 import pipeline
+from bpe import Tokenizer
+from classifier import Classifier
 from config import UserError
 from data import Settings, prepare, stored_documents, write_documents
+from languages import Languages
+from perplexity import NgramModel, percentile_bounds
 
 ROOT = Path(data.__file__).parent
 WORDS = "river mountain winter lantern paper morning silver garden letter window".split()
@@ -136,6 +141,59 @@ def test_what_stands_in_a_benchmark_is_dropped_or_cut_with_the_words_named(tmp_p
     assert "SEVEN" not in "".join(kept.values())
 
 
+def test_scripts_keep_the_documents_that_are_mostly_written_in_them(tmp_path):
+    kept, told, _ = run(tmp_path, [sentences(0), "Река течёт, и горы стоят.", "床前明月光", "17 + 4"],
+                        scripts=("Latin", "Han"), vocab_size=257)
+    assert {"a.jsonl:1", "a.jsonl:3"} == set(kept)
+    reasons = [one["why"] for one in step(told, "script")["examples"]]
+    assert reasons == ["script: Cyrillic", "script: no letters"]
+
+
+def test_languages_keep_the_documents_in_those_that_are_named(tmp_path):
+    german = ["Der Fluss fließt ruhig und die Berge stehen im Winter still.",
+              "Am Morgen brennt das Licht nicht."]
+    model = Languages.train({"english": [sentences(n) for n in range(5)], "german": german})
+    model.save(tmp_path / "languages.npz")
+    kept, told, _ = run(tmp_path, [sentences(9), *german], languages=str(tmp_path / "languages.npz"),
+                        keep_languages=("english",))
+    assert list(kept) == ["a.jsonl:1"] and step(told, "language")["documents"] == 2
+    assert step(told, "language")["examples"][0]["why"].startswith("language: german, by ")
+
+
+def gibberish(seed):
+    return "".join(random.Random(seed).choices("qxzjkvw #%", k=400))
+
+
+def test_most_classifiers_must_vote_for_a_document(tmp_path):
+    texts = [f(n) for n in range(8) for f in (sentences, gibberish)]
+    classifier = Classifier.train(texts, [True, False] * 8, "words")
+    classifier.save(tmp_path / "words.npz")
+    classifier.threshold = 2.0                               # a probability that none has: always against
+    classifier.save(tmp_path / "never.npz")
+    paths = [str(tmp_path / f"{name}.npz") for name in ("words", "never")]
+    for chosen, count in (((paths[0],), 1), ((paths[0], paths[0], paths[1]), 1)):
+        kept, told, _ = run(tmp_path, [sentences(20), gibberish(20)], classifier=chosen)
+        assert list(kept) == ["a.jsonl:1"]
+        assert step(told, "classifier")["reasons"] == {"classifier": count}
+    with pytest.raises(UserError, match="no text is left of the input: 2 classifier"):
+        run(tmp_path, [sentences(20), gibberish(20)], classifier=tuple(paths))  # one to one is no majority
+
+
+def test_what_lies_outside_of_the_bounds_of_perplexity_is_dropped(tmp_path):
+    tokenizer = Tokenizer.train([sentences(0)], 300)
+    model = NgramModel.train([np.array(tokenizer.encode(sentences(n))) for n in range(6)], 300, 3)
+    model.tokenizer = tokenizer
+    model.save(tmp_path / "unbounded")
+    model.bounds = percentile_bounds(model.bits_per_byte([sentences(n) for n in range(6, 16)]), 0, 100)
+    model.save(tmp_path / "bounded")
+    documents = [*map(sentences, range(6, 9)), gibberish(0)]
+    kept, told, _ = run(tmp_path, documents, perplexity=str(tmp_path / "bounded"))
+    assert sorted(kept) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
+    assert "at most" in step(told, "perplexity")["examples"][0]["why"]
+    with pytest.raises(UserError, match="unbounded has no bounds"):
+        run(tmp_path, documents, perplexity=str(tmp_path / "unbounded"))
+
+
 def test_passages_that_stood_before_are_cut(tmp_path):
     passage = sentences(9, 5)
     kept, told, _ = run(tmp_path, [sentences(0) + passage, sentences(1) + passage], passages=200,
@@ -147,7 +205,13 @@ def test_passages_that_stood_before_are_cut(tmp_path):
 def test_clean_switches_the_steps_on_and_a_setting_goes_before(tmp_path):
     settings = Settings(clean=True, near=0.0)
     assert (settings.quality, settings.redact, settings.near) == ("auto", True, 0)
-    assert (Settings().quality, Settings().redact, Settings().near, Settings().lines) == ("none", False, 0, 0)
+    assert (Settings().quality, Settings().redact, Settings().near, Settings().lines) == ("off", False, 0, 0)
+
+
+def test_each_step_of_clean_can_be_switched_off_on_the_command_line():
+    words = "--clean --quality off --lines 0 --near 0 --passages 0 --redact false".split()
+    settings = config.parse(Settings, words)                 # "none" would mean: not said
+    assert all(getattr(settings, name) == value for name, value in pipeline.OFF.items())
 
 
 def test_without_a_step_asked_for_the_funnel_is_empty_tables_and_duplicates(tmp_path):
@@ -243,6 +307,16 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in", "one", "three"], "no work is left behind"
 
 
+def test_a_process_that_comes_late_and_finds_nothing_to_do_ends_well(tmp_path):
+    write_shards(tmp_path)
+    first, work = start(tmp_path, "out", 0, 2, shard_bytes=10**9), tmp_path / "out.tmp" / "work"
+    while not (work / "tokens-val.00000.json").is_file() and first.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)                                          # all that is to be done, the first has done
+    finish([first, start(tmp_path, "out", 1, 2, shard_bytes=10**9)])
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
 def test_the_size_of_shards_changes_no_text(tmp_path):
     write_shards(tmp_path)
     whole, _, meta = run(tmp_path, out="whole", near=0.8, lines=60, redact=True)
@@ -333,6 +407,13 @@ def test_documents_and_lines_that_are_too_large_stop_the_run_or_are_counted(tmp_
     assert len(kept) == 2 and meta["funnel"]["large"] == [2, 50_000 + 50_013]
 
 
+@pytest.mark.parametrize("texts, dropped", [([" ", "\n"], "2 empty"),
+                                            (["too short for a page"] * 2, "1 quality")])
+def test_where_nothing_is_left_all_steps_pass_and_it_is_one_line(tmp_path, texts, dropped):
+    with pytest.raises(UserError, match=f"no text is left of the input: .*{dropped}"):
+        run(tmp_path, texts, clean=True, benchmark=(), scripts=("Latin",))
+
+
 def test_a_line_of_any_length_takes_bounded_memory():
     class Endless:
         """A line of a gigabyte that is made as it is read."""
@@ -362,14 +443,19 @@ def test_settings_that_make_no_sense_are_refused(settings, complaint):
 
 @pytest.mark.parametrize("content, complaint", [("", "is empty"), ('{"text": " "}', "is empty"),
                                                 ('{"text": "too short"}', "no item of at least")])
-def test_a_benchmark_without_words_is_refused_before_the_work(tmp_path, content, complaint):
+def test_a_benchmark_without_words_is_refused_before_the_work(tmp_path, content, complaint, monkeypatch):
+    monkeypatch.setattr(pipeline, "run_pass", None)          # none is run
     (tmp_path / "test.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=complaint):
         run(tmp_path, [sentences(0)], benchmark=(str(tmp_path / "test.jsonl"),))
 
 
-def test_an_ngram_longer_than_every_document_finds_nothing(tmp_path):
+def test_an_ngram_longer_than_every_document_finds_nothing_and_that_is_told(tmp_path, capsys):
     write_documents(tmp_path / "test.jsonl", [{"text": sentences(5)}])
     kept, told, _ = run(tmp_path, [sentences(5, 2), sentences(1, 2)], ngram=200,
                         benchmark=(str(tmp_path / "test.jsonl"),), val_fraction=0.01)
     assert len(kept) == 2 and step(told, "benchmark")["documents"] == 0
+    warning = "warning: no document has 200 words, so nothing of --benchmark could be found"
+    assert warning in capsys.readouterr().out
+    run(tmp_path, [sentences(1), sentences(2, 2)], ngram=200, benchmark=(str(tmp_path / "test.jsonl"),))
+    assert "warning" not in capsys.readouterr().out, "one is long enough"

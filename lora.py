@@ -652,7 +652,7 @@ class Adapter:
     lora_targets: tuple[str, ...] = ("all",)  # layers that get one: all linear ones but the head, or such
                                               # names as q_proj v_proj
     lora_dropout: float = 0.0  # of what they read
-    lora_lr: float = 5e-3  # their peak learning rate (AdamW), in place of --lr
+    lora_lr: float = 0.01  # their peak learning rate (AdamW), in place of --lr
     lora_plus: float = 1.0  # so many times that rate for B (LoRA+; Hayou et al. 2024)
     use_rslora: bool = False  # scaled by alpha / sqrt(rank), which suits high ranks
     use_dora: bool = False  # learn the length of each row apart (DoRA)

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 import shutil
 
 import bitsandbytes.functional as bnb

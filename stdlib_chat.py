@@ -86,8 +86,8 @@ def assemble(code: str, answer: str) -> str:
     return f"{code}\n{answer if answer[:1].isspace() else indentation + answer}"
 
 
-def write_conversations(folder: str | Path, overwrite: bool = False, max_chars: int = MAX_CHARS, seed: int = 0,
-                        val_fraction: float = data.Settings.val_fraction) -> None:
+def write_conversations(folder: str | Path, overwrite: bool = False, max_chars: int = MAX_CHARS,
+                        seed: int = 0, val_fraction: float = data.Settings.val_fraction) -> None:
     """Write the default conversations as train.jsonl and val.jsonl, and print how many of them there are.
 
     Raises UserError if the folder exists, without overwrite; what was there is lost only when all is written.

@@ -216,7 +216,8 @@ def test_every_run_writes_the_same_bytes(library, tmp_path):
                          for path in (folder, tmp_path / "again"))
         assert first == second
         lines = len((folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines())
-        assert f"{split}.jsonl: {lines:,} conversations of at most {stdlib_chat.MAX_CHARS} characters: " in result.stdout
+        assert f"{split}.jsonl: {lines:,} conversations of at most {stdlib_chat.MAX_CHARS} characters" \
+            in result.stdout
 
 
 def test_a_folder_that_exists_is_kept(library):

@@ -572,8 +572,8 @@ def open_model(folder, device="cpu",
                         f"the one you have: python lora.py merge --base F --adapter {folder} --out F")
     known = trained_on(folder)
     if known and known["sha256"] != fingerprint(base):
-        raise UserError(f"{folder} was trained on other weights than those that lie in {base} now; find them, "
-                        f"or merge it all the same: python lora.py merge --other_base")
+        raise UserError(f"{folder} was trained on other weights than those that lie in {base} now; find "
+                        f"them, or merge it all the same: python lora.py merge --other_base")
     model, tokenizer = load_base(base, known.get("quantize"), device, dtype)
     reads_as(model, folder)
     remove_lora(merge_lora(load_adapter(model, folder), dequantize=True))

@@ -596,7 +596,8 @@ def test_a_merged_folder_is_a_plain_model_that_says_what_the_adapted_one_did(tmp
     assert code == 2 and "merged exists; choose another --out, or pass --overwrite" in err
 
 
-def test_merging_into_other_weights_of_the_same_shapes_and_twice_is_refused_unless_asked_for(tmp_path, monkeypatch, capsys):
+def test_merging_into_other_weights_and_merging_twice_are_refused_unless_asked_for(tmp_path, monkeypatch,
+                                                                                   capsys):
     base_and_adapter(tmp_path)
     other = random_model(vocab_size=259)
     other.lm_head.weight.data += 1

@@ -113,7 +113,7 @@ def process(rank, world_size, port, tasks, queue):
             result = traceback.format_exc()
         queue.put((rank, name, result))
     queue.close()
-    queue.join_thread()  # the last result is on its way by a thread: it shall have left before torch's own end
+    queue.join_thread()  # the last result travels by a thread: it shall have left before torch's own end
     dist.destroy_process_group()
 
 

@@ -497,7 +497,8 @@ def test_a_tiny_model_learns_a_conversation_by_heart_answers_it_and_stops(base, 
     assert table["replies, exact matches of words"] == ["0.0000", "1.0000"]
     model, tokenizer = load_model(tmp_path / "run")
     asked = [learnt, {"messages": learnt["messages"][:2]}]
-    assert sft.reply_to(asked, model, tokenizer, sft.Settings()) == [("Madrid", True), ("Paris it is", True)], \
+    replies = sft.reply_to(asked, model, tokenizer, sft.Settings())
+    assert replies == [("Madrid", True), ("Paris it is", True)], \
         "every reply of a conversation is learnt"
 
 

@@ -474,6 +474,17 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_uninterrupted_one(finished, sha
     assert log[-1]["val_bits_per_byte"] == log_of(finished[1])[-1]["val_bits_per_byte"]
 
 
+def test_a_run_on_a_mixture_that_is_killed_in_its_second_phase_ends_in_the_same_bytes(shards, tmp_path):
+    mix = tmp_path / "mix.json"
+    phases = [{"share": 0.5, "weights": {"one": 1}}, {"share": 0.5, "weights": {"one": 0.4, "two": 0.6}}]
+    mix.write_text(json.dumps({"sources": {"one": str(shards), "two": str(shards)}, "phases": phases}),
+                   encoding="utf-8")
+    run_train(mix, tmp_path / "whole", *SMALL, "--save_every", "4")
+    stopped_and_started_again(mix, tmp_path / "run", [9], signal.SIGKILL, [*SMALL, "--save_every", "4"])
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 13))
+
+
 @pytest.mark.slow
 def test_a_dozen_kills_inside_steps_and_saves_change_nothing(finished, shards, tmp_path):
     rng = random.Random(0)

@@ -45,8 +45,8 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "dedup", "scale", "memory", "gpu",
-                  "held"] = "all"  # training, loss, sharding and decoding
+    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "dedup", "scale", "memory",
+                  "gpu", "held"] = "all"  # training, loss, sharding and decoding
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
 

@@ -253,8 +253,8 @@ def load_model(folder, device="cpu", dtype=torch.float32,
                stored_as: Callable | None = None) -> tuple[Transformer, Tokenizer | None]:
     """(model in eval mode, its tokenizer or None) from a folder of ours, or of a family of families.py.
 
-    stored_as: stored_as(model, name, tensor) may edit the model, and gives {name: tensor}, which it is then to
-    hold in place of this tensor; called for one after the other (lora.py quantises so).
+    stored_as: stored_as(model, name, tensor) may edit the model, and gives {name: tensor}, which it is then
+    to hold in place of this tensor; called for one after the other (lora.py quantises so).
 
     Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and
     where the model has a feature that ours has not. A tokenizer of a kind that cannot be read here is None,

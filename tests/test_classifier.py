@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 import classifier
-from classifier import (BITS, Classifier, features, misread, part_of, precision_and_recall, shuffled_characters,
-                        shuffled_words, spoiled, threshold_for, votes)
+from classifier import (BITS, Classifier, features, misread, part_of, precision_and_recall,
+                        shuffled_characters, shuffled_words, spoiled, threshold_for, votes)
 from config import UserError
 from support import in_process
 
-GOOD = [f"the {noun} of the {place} was {verb} with care" for noun in ("house", "ship", "bridge", "garden", "wall")
+GOOD = [f"the {noun} of the {place} was {verb} with care"
+        for noun in ("house", "ship", "bridge", "garden", "wall")
         for place in ("king", "town", "river") for verb in ("built", "made", "kept")]
 BAD = [f"buy {noun} now free {place} click {verb}" for noun in ("pills", "shoes", "watches", "loans", "coins")
        for place in ("offer", "bonus", "gift") for verb in ("here", "this", "below")]

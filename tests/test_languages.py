@@ -12,22 +12,30 @@ from ngrams import character_ngrams
 from support import in_process
 
 TEXTS = {  # the last two of each are held out
-    "en": ["the ship came into the harbour before the storm and nobody saw it", "we have always lived in this house with a"
-           " view of the hills", "she asked whether there would be enough bread for the children", "this is what they"
-           " were told when they went to school", "where have you been all day, and what did you see there?",
+    "en": ["the ship came into the harbour before the storm and nobody saw it",
+           "we have always lived in this house with a view of the hills",
+           "she asked whether there would be enough bread for the children",
+           "this is what they were told when they went to school",
+           "where have you been all day, and what did you see there?",
            "he thought that nothing could have been done about it"],
-    "de": ["das schiff kam vor dem sturm in den hafen und niemand hat es gesehen", "wir haben immer in diesem haus mit"
-           " blick auf die hügel gewohnt", "sie fragte, ob es genug brot für die kinder geben würde", "das ist es, was"
-           " man ihnen sagte, als sie zur schule gingen", "wo bist du den ganzen tag gewesen und was hast du dort"
-           " gesehen?", "er dachte, dass man nichts dagegen hätte tun können"],
-    "fr": ["le bateau est entré dans le port avant la tempête et personne ne l'a vu", "nous avons toujours habité dans"
-           " cette maison avec vue sur les collines", "elle a demandé s'il y aurait assez de pain pour les enfants",
-           "voilà ce qu'on leur a dit quand ils sont allés à l'école", "où as-tu été toute la journée et qu'est-ce que"
-           " tu as vu là-bas ?", "il pensait que l'on n'aurait rien pu y faire"],
-    "es": ["el barco entró en el puerto antes de la tormenta y nadie lo vio", "siempre hemos vivido en esta casa con"
-           " vistas a las colinas", "ella preguntó si habría bastante pan para los niños", "esto es lo que les dijeron"
-           " cuando fueron a la escuela", "¿dónde has estado todo el día y qué has visto allí?", "pensaba que no se"
-           " podía haber hecho nada"]}
+    "de": ["das schiff kam vor dem sturm in den hafen und niemand hat es gesehen",
+           "wir haben immer in diesem haus mit blick auf die hügel gewohnt",
+           "sie fragte, ob es genug brot für die kinder geben würde",
+           "das ist es, was man ihnen sagte, als sie zur schule gingen",
+           "wo bist du den ganzen tag gewesen und was hast du dort gesehen?",
+           "er dachte, dass man nichts dagegen hätte tun können"],
+    "fr": ["le bateau est entré dans le port avant la tempête et personne ne l'a vu",
+           "nous avons toujours habité dans cette maison avec vue sur les collines",
+           "elle a demandé s'il y aurait assez de pain pour les enfants",
+           "voilà ce qu'on leur a dit quand ils sont allés à l'école",
+           "où as-tu été toute la journée et qu'est-ce que tu as vu là-bas ?",
+           "il pensait que l'on n'aurait rien pu y faire"],
+    "es": ["el barco entró en el puerto antes de la tormenta y nadie lo vio",
+           "siempre hemos vivido en esta casa con vistas a las colinas",
+           "ella preguntó si habría bastante pan para los niños",
+           "esto es lo que les dijeron cuando fueron a la escuela",
+           "¿dónde has estado todo el día y qué has visto allí?",
+           "pensaba que no se podía haber hecho nada"]}
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +49,15 @@ def script(text):
 
 @pytest.mark.parametrize("text, name", [
     ("Hello, world", "Latin"), ("Größe, naïve", "Latin"), ("Привет, мир", "Cyrillic"), ("Γειά σου", "Greek"),
-    ("שלום", "Hebrew"), ("مرحبا", "Arabic"), ("नमस्ते", "Devanagari"), ("สวัสดี", "Thai"), ("안녕하세요", "Hangul"),
-    ("你好，世界", "Han"), ("東京の天気は晴れです", "Kana"), ("カタカナ", "Kana"), ("1234 !? 🙂", ""), ("", ""),
-    ("see 你好 for more", "Latin"), ("\ud800", "")])
+    ("שלום", "Hebrew"), ("مرحبا", "Arabic"), ("नमस्ते", "Devanagari"), ("สวัสดี", "Thai"),
+    ("안녕하세요", "Hangul"), ("你好，世界", "Han"), ("東京の天気は晴れです", "Kana"), ("カタカナ", "Kana"),
+    ("1234 !? 🙂", ""), ("", ""), ("see 你好 for more", "Latin"), ("\ud800", "")])
 def test_the_script_is_that_of_most_letters(text, name):
     assert script(text) == name
 
 
 def test_scripts_are_those_of_unicodes_names():
-    """Each letter in a range has a name that begins with its script, but for a few signs of older alphabets."""
+    """Each letter in a range has a name that begins with its script, but for a few signs of old alphabets."""
     names = {"Han": ("CJK",), "Kana": ("HIRAGANA", "KATAKANA"), "Latin": ("LATIN", "FULLWIDTH LATIN")}
     for first, last, its_script in RANGES:
         assert first <= last
@@ -58,7 +66,8 @@ def test_scripts_are_those_of_unicodes_names():
         right = sum(unicodedata.name(letter, "").startswith(begins) for letter in letters)
         assert right > 0.9 * len(letters), (hex(first), its_script)
     firsts = [bounds[0] for bounds in RANGES]
-    assert firsts == sorted(firsts) and all(a[1] < b[0] for a, b in zip(RANGES, RANGES[1:])), "searchsorted needs order"
+    assert firsts == sorted(firsts) and all(a[1] < b[0] for a, b in zip(RANGES, RANGES[1:])), (
+        "searchsorted needs order")
 
 
 def test_a_table_holds_the_log_probabilities_of_counting():
@@ -125,7 +134,8 @@ def test_the_command_learns_from_named_files_and_identifies(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_docstrings_and_code_of_the_library_are_told_apart():
     texts = languages.default_texts()
-    model = Languages.train({label: [text for i, text in enumerate(its) if i % 10] for label, its in texts.items()})
+    model = Languages.train({label: [text for i, text in enumerate(its) if i % 10]
+                             for label, its in texts.items()})
     for label, its_texts in texts.items():
         right = [model.identify(text[:200])[0] == label for text in its_texts[::10]]
         assert np.mean(right) > 0.97

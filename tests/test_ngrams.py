@@ -57,9 +57,11 @@ def test_the_default_texts_are_prose_of_the_library_and_named_files_are_cut(tmp_
 
 
 def test_arrays_come_back_as_they_were(tmp_path):
-    save_arrays(tmp_path / "new" / "a.npz", "languages", {"x": np.arange(3, dtype=np.int16)}, {"names": ["é", "大"]})
+    save_arrays(tmp_path / "new" / "a.npz", "languages", {"x": np.arange(3, dtype=np.int16)},
+                {"names": ["é", "大"]})
     arrays, about = load_arrays(tmp_path / "new" / "a.npz", "languages")
-    assert arrays["x"].tolist() == [0, 1, 2] and arrays["x"].dtype == np.int16 and about["names"] == ["é", "大"]
+    assert (arrays["x"].tolist() == [0, 1, 2] and arrays["x"].dtype == np.int16
+            and about["names"] == ["é", "大"])
 
 
 def test_other_files_are_refused_in_a_line_and_no_pickle_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""perplexity.py: modified Kneser-Ney against the formula written with dictionaries; the filter on spoiled text."""
+"""perplexity.py: modified Kneser-Ney against the formula in dictionaries; the filter on spoiled text."""
 import math
 from collections import Counter, defaultdict
 
@@ -13,7 +13,7 @@ from support import in_process, random_model
 
 
 def kneser_ney(documents, vocab_size, order):
-    """P(word | context) by Chen & Goodman's formula, with dictionaries: slow, and as it stands in the paper."""
+    """P(word | context) by Chen & Goodman's formula, with dictionaries: slow, and as in the paper."""
     counts = [Counter() for _ in range(order + 1)]
     for ids in documents:
         ids = [vocab_size] * (order - 1) + list(ids)
@@ -93,8 +93,9 @@ def test_without_tokens_there_is_nothing_to_learn():
         NgramModel.train([np.zeros(0, np.int64)], 7, 3)
 
 
-TEXTS = [f"the {a} of the {b} was {c} in the {d}, and {e} knew of it. " * 2 for a in ("house", "ship", "king")
-         for b in ("town", "river") for c in ("seen", "kept") for d in ("night", "storm") for e in ("nobody", "we")]
+TEXTS = [f"the {a} of the {b} was {c} in the {d}, and {e} knew of it. " * 2
+         for a in ("house", "ship", "king") for b in ("town", "river") for c in ("seen", "kept")
+         for d in ("night", "storm") for e in ("nobody", "we")]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,8 @@ def model():
 def test_bits_per_byte_are_the_bits_of_all_tokens_over_the_bytes(model):
     text = "the ship größe 大"
     logps = model.logps([np.array(model.tokenizer.encode(text))])
-    assert model.bits_per_byte([TEXTS[0], text])[1] == pytest.approx(-logps.sum() / math.log(2) / len(text.encode()))
+    assert model.bits_per_byte([TEXTS[0], text])[1] == pytest.approx(
+        -logps.sum() / math.log(2) / len(text.encode()))
     assert np.isnan(model.bits_per_byte(["", "a"])[0]) and perplexity_problem(math.nan, (1, 2)) is None
 
 
@@ -123,7 +125,8 @@ def test_percentiles_become_bounds_and_bounds_reasons():
 
 
 def test_the_filter_drops_shuffled_and_gibberish_text_and_keeps_the_rest(model):
-    kept = lambda texts: [perplexity_problem(bits, model.bounds) is None for bits in model.bits_per_byte(texts)]
+    kept = lambda texts: [perplexity_problem(bits, model.bounds) is None
+                          for bits in model.bits_per_byte(texts)]
     rng = np.random.default_rng(0)
     assert np.mean(kept(TEXTS[3::4])) > 0.7, "bounds of 12 texts, 12 others"
     assert not any(kept([perplexity.shuffled_words(text, rng) for text in TEXTS]))
@@ -134,7 +137,8 @@ def test_the_filter_drops_shuffled_and_gibberish_text_and_keeps_the_rest(model):
 def test_a_saved_model_scores_the_same(model, tmp_path):
     model.save(tmp_path)
     again = NgramModel.load(tmp_path)
-    assert np.array_equal(again.bits_per_byte(TEXTS), model.bits_per_byte(TEXTS)) and again.bounds == model.bounds
+    assert (np.array_equal(again.bits_per_byte(TEXTS), model.bits_per_byte(TEXTS))
+            and again.bounds == model.bounds)
     with pytest.raises(UserError, match="no such file; it is written by perplexity.py"):
         NgramModel.load(tmp_path / "none")
 
@@ -144,8 +148,10 @@ def test_a_model_folder_of_ours_scores_texts_too(tmp_path):
     tokenizer, decoder = Tokenizer([]), random_model(vocab_size=256)
     save_model(decoder, tokenizer, tmp_path)
     text = "x" * 64 + "abcdefgh"  # two windows: max_seq_len is 64
-    logps = decoder(perplexity_ids(text[:64])).log_softmax(-1)[0, :-1].gather(-1, perplexity_ids(text[1:64])[0, :, None])
-    rest = decoder(perplexity_ids(text[64:])).log_softmax(-1)[0, :-1].gather(-1, perplexity_ids(text[65:])[0, :, None])
+    logps = decoder(perplexity_ids(text[:64])).log_softmax(-1)[0, :-1].gather(
+        -1, perplexity_ids(text[1:64])[0, :, None])
+    rest = decoder(perplexity_ids(text[64:])).log_softmax(-1)[0, :-1].gather(
+        -1, perplexity_ids(text[65:])[0, :, None])
     bits = -(logps.sum() + rest.sum()).item() / math.log(2) / 72
     assert ModelScorer(tmp_path).bits_per_byte(["ab", text])[1] == pytest.approx(bits, rel=1e-5)  # float32
 
@@ -174,6 +180,8 @@ def test_the_command_learns_and_filters(tmp_path, monkeypatch, capsys):
 def test_spoiled_docstrings_are_dropped_and_held_out_ones_stay(tmp_path, monkeypatch, capsys):
     code, out, err = in_process(monkeypatch, capsys, perplexity.main, "--out", tmp_path / "m")
     assert code == 0, err
-    dropped = {line[:20].strip(): float(line[20:27].rstrip("%")) for line in out.splitlines() if "dropped; bits" in line}
-    assert dropped["as they are"] < 12  # 6 % were left out by choice of the percentiles; 300 texts, 1.4 % standard error
+    dropped = {line[:20].strip(): float(line[20:27].rstrip("%")) for line in out.splitlines()
+               if "dropped; bits" in line}
+    # 6 % were left out by choice of the percentiles; 300 texts, 1.4 % standard error
+    assert dropped["as they are"] < 12
     assert dropped["characters shuffled"] > 99 and dropped["misread"] > 95 and dropped["words shuffled"] > 30

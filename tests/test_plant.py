@@ -11,7 +11,8 @@ def documents():
 
 
 def size(documents, *kinds):
-    return sum(len(document["text"].encode("utf-8")) for document in documents if document["planted"] in kinds)
+    return sum(len(document["text"].encode("utf-8")) for document in documents
+               if document["planted"] in kinds)
 
 
 def test_the_share_of_junk_is_kept_and_each_kind_has_a_third_of_it(documents):

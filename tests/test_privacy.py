@@ -1,4 +1,4 @@
-"""privacy.py: what is found and what is spared, against `ipaddress`, and on the labelled lines of pii_cases.txt."""
+"""privacy.py: what is found and what is spared, against `ipaddress`, and on the lines of pii_cases.txt."""
 import ipaddress
 import random
 import re
@@ -36,14 +36,16 @@ def test_up_to_five_finds_stay_and_six_drop_the_document():
     assert pii_problem(redact_pii(" ".join(mails[:5]))[1]) is None
     assert pii_problem(redact_pii(" ".join(mails))[1]) == "pii: 6 found, at most 5"
     assert pii_problem({"EMAIL_ADDRESS": 1}, most=0) == "pii: 1 found, at most 0"
-    assert pii_problem({"EMAIL_ADDRESS": 3, "IP_ADDRESS": 3}) == "pii: 6 found, at most 5", "all kinds together"
+    assert pii_problem({"EMAIL_ADDRESS": 3, "IP_ADDRESS": 3}) == "pii: 6 found, at most 5", (
+        "all kinds together")
 
 
 PARTS = [text[start:end] for text, spans in CASES for start, end, _ in spans] + \
     [" ", "", ".", ":", "+", "-", "@", "1", "a", "电话", "version ", "\n", "[", "/", "tel. ", "[IP_ADDRESS]"]
 
 
-@given(st.lists(st.sampled_from(PARTS), max_size=8).map("".join) | st.text("0123456789.:+-@ abcf()[]/电", max_size=40))
+@given(st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
+       | st.text("0123456789.:+-@ abcf()[]/电", max_size=40))
 @settings(max_examples=300, deadline=None)
 def test_masking_twice_equals_masking_once(text):
     once, counts = redact_pii(text)
@@ -64,7 +66,8 @@ def test_overlapping_finds_count_once():
 # ---- Against the references
 
 
-@given(st.ip_addresses(v=4) | st.ip_addresses(v=6) | st.ip_addresses(v=6).map(lambda address: address.exploded))
+@given(st.ip_addresses(v=4) | st.ip_addresses(v=6)
+       | st.ip_addresses(v=6).map(lambda address: address.exploded))
 @settings(max_examples=300, deadline=None)
 def test_each_address_of_ipaddress_is_found_whole(address):
     text = str(address)
@@ -80,7 +83,8 @@ def test_what_is_found_as_an_address_ipaddress_accepts(text):
     for address, kind in found(f" {text} "):
         if kind == "IP_ADDRESS":
             ipaddress.ip_address(address)
-    if text.count(".") == 3 and ":" not in text and re.fullmatch(r"[\d.]+", text) and "" not in text.split("."):
+    if (text.count(".") == 3 and ":" not in text and re.fullmatch(r"[\d.]+", text)
+            and "" not in text.split(".")):
         try:
             ipaddress.ip_address(text)
             assert (text, "IP_ADDRESS") in found(f" {text} ")
@@ -89,7 +93,7 @@ def test_what_is_found_as_an_address_ipaddress_accepts(text):
 
 
 def test_the_check_of_an_identity_number_finds_each_wrong_digit_and_each_swap():
-    """The worked example of GB 11643; ISO 7064 MOD 11-2 finds all single errors and all swaps of neighbours."""
+    """The worked example of GB 11643; ISO 7064 MOD 11-2 finds each single error and swap of neighbours."""
     number = "11010519491231002X"
     assert is_identity_number(number) and is_identity_number(number.lower())
     weights = [7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2]  # as the standard prints them
@@ -114,9 +118,10 @@ def test_each_country_code_of_e164_is_known_and_an_unassigned_one_is_not():
 # ---- The surroundings decide
 
 
-@pytest.mark.parametrize("text", ["version 1.2.3.4", "Version: 1.2.3.4", "v1.2.3.4", "release 1.2.3.4", "§ 1.2.3.4",
-                                  "foo==1.2.3.4", "Chrome/120.0.0.0", "pkg-1.2.3.4.tar.gz", "版本1.2.3.4",
-                                  "version 1.2.3.4 or 1.2.3.5", "2024-01-15", "15.01.2024", "2024/01/15 12:30:45"])
+@pytest.mark.parametrize("text", ["version 1.2.3.4", "Version: 1.2.3.4", "v1.2.3.4", "release 1.2.3.4",
+                                  "§ 1.2.3.4", "foo==1.2.3.4", "Chrome/120.0.0.0", "pkg-1.2.3.4.tar.gz",
+                                  "版本1.2.3.4", "version 1.2.3.4 or 1.2.3.5", "2024-01-15", "15.01.2024",
+                                  "2024/01/15 12:30:45"])
 def test_versions_and_dates_are_no_addresses_and_no_numbers(text):
     assert not found(text)
 
@@ -128,7 +133,8 @@ def test_the_nearer_word_decides_between_a_version_and_a_host():
 
 
 def test_what_belongs_to_nobody_is_spared_on_demand():
-    text = "127.0.0.1 192.168.0.1 ::1 2001:db8::1 me@example.com you@mail.test +1 202 555 0143 me@localhost.local"
+    text = ("127.0.0.1 192.168.0.1 ::1 2001:db8::1 me@example.com you@mail.test +1 202 555 0143"
+            " me@localhost.local")
     assert len(find_pii(text)) == 8 and find_pii(text, reserved=False) == []
     assert len(find_pii("8.8.8.8 ann@mail.org +1 202 456 1414", reserved=False)) == 3
 
@@ -142,8 +148,8 @@ def test_the_labelled_lines_are_many_and_half_of_them_are_false_friends():
 
 
 @pytest.mark.parametrize("kind, precision, recall", [
-    ("EMAIL_ADDRESS", 0.95, 0.93), ("IP_ADDRESS", 0.95, 0.97), ("PHONE_NUMBER", 0.95, 0.93), ("ID_NUMBER", 1, 1),
-    ("SECRET_KEY", 1, 1)])
+    ("EMAIL_ADDRESS", 0.95, 0.93), ("IP_ADDRESS", 0.95, 0.97), ("PHONE_NUMBER", 0.95, 0.93),
+    ("ID_NUMBER", 1, 1), ("SECRET_KEY", 1, 1)])
 def test_precision_and_recall_by_kind_are_at_least(kind, precision, recall):
     right, finds, labelled = measured(CASES)[kind]
     assert right / finds >= precision and right / labelled >= recall
@@ -151,7 +157,8 @@ def test_precision_and_recall_by_kind_are_at_least(kind, precision, recall):
 
 def test_precision_and_recall_count_spans_not_lines():
     text = "a@mail.org and b@mail.org"
-    assert measured([(text, [(0, 10, "EMAIL_ADDRESS"), (11, 14, "PHONE_NUMBER")])])["EMAIL_ADDRESS"] == (1, 2, 1)
+    assert measured([(text, [(0, 10, "EMAIL_ADDRESS"), (11, 14, "PHONE_NUMBER")])])["EMAIL_ADDRESS"] == (
+        1, 2, 1)
     assert measured([(text, [(11, 14, "PHONE_NUMBER")])])["PHONE_NUMBER"] == (0, 0, 1)
 
 

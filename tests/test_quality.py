@@ -1,4 +1,4 @@
-"""quality.py: Gopher's, C4's and Dolma's rules on hand-made cases; figures equal to brute force and DataTrove's."""
+"""quality.py: Gopher's, C4's, Dolma's rules on hand-made cases; figures equal brute force and DataTrove's."""
 import random
 from collections import Counter
 
@@ -9,14 +9,18 @@ from hypothesis import strategies as st
 
 import quality
 from config import UserError
-from quality import (CODE, ENCYCLOPEDIA, FORUM, TABLES, WEB, Rule, Text, adjusted, kept_lines, quality_problems,
-                     repeated, repeated_ngrams, top_ngram)
+from quality import (CODE, ENCYCLOPEDIA, FORUM, TABLES, WEB, Rule, Text, adjusted, kept_lines,
+                     quality_problems, repeated, repeated_ngrams, top_ngram)
 from support import in_process
 
-SENTENCES = ["The harbour of the old town lies between two hills.", "Ships have come here with wine and grain since 1200.",
-             "A lighthouse was built to keep them off the rocks.", "Its keeper had eleven children and a boat!",
-             "Who would want to be alone in a storm that long?", "Today a small museum shows letters from that time.",
-             "Visitors climb ninety steps and look over the bay.", "On clear days one sees the islands in the west."]
+SENTENCES = ["The harbour of the old town lies between two hills.",
+             "Ships have come here with wine and grain since 1200.",
+             "A lighthouse was built to keep them off the rocks.",
+             "Its keeper had eleven children and a boat!",
+             "Who would want to be alone in a storm that long?",
+             "Today a small museum shows letters from that time.",
+             "Visitors climb ninety steps and look over the bay.",
+             "On clear days one sees the islands in the west."]
 GOOD = "\n".join(SENTENCES)
 
 
@@ -39,7 +43,8 @@ def test_prose_passes_every_rule():
 
 def test_a_problem_names_the_rule_the_figure_and_the_bound():
     assert quality_problems("one two three", {"words": WEB["words"]}) == ["words: 3, at least 50"]
-    assert quality_problems("#" * 7 + " " + "word " * 64, {"hashes": WEB["hashes"]}) == ["hashes: 0.108, at most 0.1"]
+    assert quality_problems("#" * 7 + " " + "word " * 64, {"hashes": WEB["hashes"]}) == [
+        "hashes: 0.108, at most 0.1"]
 
 
 def test_a_figure_near_its_bound_has_the_digits_that_tell_them_apart():
@@ -50,7 +55,8 @@ def test_every_reason_is_named_not_only_the_first():
     assert {"words", "sentences", "stop_words", "letter_words", "hashes"} <= names("# 1 # 2")
 
 
-@pytest.mark.parametrize("text", ["", " \n\t ", "\n" * 1000, "x", "。", "\0", "\ud800", "🙂" * 60, "a" * 200_000])
+@pytest.mark.parametrize("text", ["", " \n\t ", "\n" * 1000, "x", "。", "\0", "\ud800", "🙂" * 60,
+                                  "a" * 200_000])
 @pytest.mark.parametrize("table", TABLES)
 def test_no_text_is_too_odd_to_judge(text, table):
     quality_problems(text, TABLES[table])
@@ -74,9 +80,10 @@ def test_gophers_bounds_are_those_of_the_paper(name, inside, outside):
 def test_gophers_table_of_repetition_is_the_papers():
     table = {name: rule.high for name, rule in quality.GOPHER_REPETITION.items()}
     assert table == {"repeated_lines": .30, "repeated_paragraphs": .30, "repeated_line_characters": .20,
-                     "repeated_paragraph_characters": .20, "top_2_gram": .20, "top_3_gram": .18, "top_4_gram": .16,
-                     "repeated_5_grams": .15, "repeated_6_grams": .14, "repeated_7_grams": .13, "repeated_8_grams": .12,
-                     "repeated_9_grams": .11, "repeated_10_grams": .10}
+                     "repeated_paragraph_characters": .20, "top_2_gram": .20, "top_3_gram": .18,
+                     "top_4_gram": .16, "repeated_5_grams": .15, "repeated_6_grams": .14,
+                     "repeated_7_grams": .13, "repeated_8_grams": .12, "repeated_9_grams": .11,
+                     "repeated_10_grams": .10}
 
 
 def test_repeated_lines_count_from_their_second_place_on():
@@ -164,7 +171,8 @@ def test_c4_wants_five_sentences_and_no_curly_brackets_nor_lorem_ipsum():
 @pytest.mark.parametrize("line, kept", [
     ("The cat sat on the mat.", True), ("Is it so?", True), ('He said "no"', True), ("这是一个很长的句子。", True),
     ("Home News Contact", False), ("The story goes on...", False), ("Too short.", False),
-    ("Please enable Javascript to see this page.", False), ("By using this you accept the Terms of Use.", False),
+    ("Please enable Javascript to see this page.", False),
+    ("By using this you accept the Terms of Use.", False),
     ("This site uses cookies to work.", False), ("x" * 1001 + " is a long word.", False)])
 def test_c4_keeps_lines_that_end_as_sentences_do(line, kept):
     assert kept_lines(line) == ((line, 0) if kept else ("", 1))
@@ -175,13 +183,14 @@ def test_c4_takes_marks_of_citation_out_and_counts_lines_that_go():
         "It was built in 1200.\nIt stands still.", 1)
 
 
-@pytest.mark.parametrize("left", ["<div>", "</p>", "<br/>", '<a href="x">', "&nbsp;", "&#8217;", "<!-- x -->", "<H1>"])
+@pytest.mark.parametrize("left", ["<div>", "</p>", "<br/>", '<a href="x">', "&nbsp;", "&#8217;", "<!-- x -->",
+                                  "<H1>"])
 def test_leftover_html_is_a_problem(left):
     assert problem("html", GOOD + left) == "1, at most 0"
 
 
-@pytest.mark.parametrize("text", ["a < b and c > d", "R&D; AT&T", "<john@mail.org>", "vector<int>", "<T> <K, V>",
-                                  "?a=1&copy=2", "&unknown;"])
+@pytest.mark.parametrize("text", ["a < b and c > d", "R&D; AT&T", "<john@mail.org>", "vector<int>",
+                                  "<T> <K, V>", "?a=1&copy=2", "&unknown;"])
 def test_what_only_looks_like_html_is_none(text):
     assert problem("html", text) is None
 
@@ -218,11 +227,14 @@ def test_code_is_judged_by_its_lines_letters_and_marks_of_generation():
     code = '"""Docstring."""\nimport os\n\n\ndef main():\n    return os.name  # why\n'
     assert quality_problems(code, CODE) == []
     assert names("x = 1\n" + "y" * 1001, CODE) == {"longest_line", "mean_line"}
-    assert names("1, 2, 3, 4, 5,\n" * 9, CODE) == {"letters"} and names("@ + - / {}\n" * 9, CODE) >= {"alphanumeric"}
+    assert (names("1, 2, 3, 4, 5,\n" * 9, CODE) == {"letters"}
+            and names("@ + - / {}\n" * 9, CODE) >= {"alphanumeric"})
     for mark in ("# Generated by protoc. DO NOT EDIT!", "// Code auto-generated", "/* @generated */"):
         assert names(f"{mark}\n{code}", CODE) == {"generated"}
-    assert quality_problems("x = 'do not edit'\n" + code * 2 + "# generated by hand, said in line 14\n", CODE) == []
-    assert quality.letters(Text("ab 1é\n", {})) == 3 / 4 and quality.alphanumeric(Text("ab 1é_\n", {})) == 4 / 5
+    assert quality_problems("x = 'do not edit'\n" + code * 2
+                            + "# generated by hand, said in line 14\n", CODE) == []
+    assert (quality.letters(Text("ab 1é\n", {})) == 3 / 4
+            and quality.alphanumeric(Text("ab 1é_\n", {})) == 4 / 5)
 
 
 # ---- Rules as data
@@ -238,8 +250,8 @@ def test_bounds_are_set_and_rules_switched_off():
 
 @pytest.mark.parametrize("change, message", [
     ("wrods=1:2", "'wrods' is not one of words, word_length"), ("words", "'words' is not NAME=LOW:HIGH"),
-    ("words=20", "NAME=LOW:HIGH, either of which may be empty, or NAME=off"), ("words=a:b", "'words=a:b' is not"),
-    ("words=nan:", "is not NAME=LOW:HIGH")])
+    ("words=20", "NAME=LOW:HIGH, either of which may be empty, or NAME=off"),
+    ("words=a:b", "'words=a:b' is not"), ("words=nan:", "is not NAME=LOW:HIGH")])
 def test_a_change_that_makes_no_sense_is_refused_in_a_line(change, message):
     with pytest.raises(UserError, match=message):
         adjusted(WEB, [change])
@@ -248,7 +260,8 @@ def test_a_change_that_makes_no_sense_is_refused_in_a_line(change, message):
 def test_the_command_names_reasons_with_examples(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(GOOD, encoding="utf-8")
     (tmp_path / "b.txt").write_text("one two three", encoding="utf-8")
-    run = lambda *more: in_process(monkeypatch, capsys, quality.main, "--input", tmp_path, "--rules", "web", *more)
+    run = lambda *more: in_process(monkeypatch, capsys, quality.main, "--input", tmp_path,
+                                   "--rules", "web", *more)
     code, out, _ = run()
     assert code == 0 and "b.txt (3, at least 50)" in out and "1 of 2 documents" in out
     code, _, err = run("--change", "wrods=3:")

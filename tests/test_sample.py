@@ -166,7 +166,8 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(run, folder)
 
 def test_samples_are_numbered_and_differ_unless_the_temperature_is_zero(run, folder):
     def samples(temperature):
-        _, out, _ = run("--model", folder, "--prompt", "cat", "--temperature", temperature, "--num_samples", 2)
+        _, out, _ = run("--model", folder, "--prompt", "cat", "--temperature", temperature,
+                        "--num_samples", 2)
         first, second = out.removeprefix("--- sample 1\n").split("--- sample 2\n")
         assert first.startswith("cat") and second.startswith("cat")
         return first, second
@@ -191,7 +192,8 @@ def test_generation_stops_at_each_end_token_that_the_folder_names(run, parrot, t
     assert run("--model", model, "--temperature", 0, "--prompt", "é") == (0, "é\n", "")
 
 
-def test_no_prompt_is_the_end_of_text_token_but_a_prompt_that_spells_it_is_ordinary_text(monkeypatch, run, parrot):
+def test_no_prompt_is_the_end_of_text_token_but_a_prompt_that_spells_it_is_ordinary_text(
+        monkeypatch, run, parrot):
     prompts = []
     monkeypatch.setattr(sample, "new_ids", lambda _, draft, prompt, *rest: prompts.append(prompt) or iter([]))
     assert run("--model", parrot) == (0, "\n", "")

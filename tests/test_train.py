@@ -750,8 +750,8 @@ def test_what_does_not_go_with_init_from_ends_in_one_line(monkeypatch, capsys, f
     assert code == 2 and words in errors and errors.count("\n") == 1, errors
 
 
-def test_init_from_with_shards_of_another_tokenizer_says_how_to_make_them(monkeypatch, capsys, finished, shards,
-                                                                          tmp_path):
+def test_init_from_with_shards_of_another_tokenizer_says_how_to_make_them(
+        monkeypatch, capsys, finished, shards, tmp_path):
     other = tmp_path / "other"
     data.prepare(data.Settings(input=(str(shards.parent / "text 1.txt"),), out=str(other), vocab_size=270,
                                workers=1))
@@ -761,7 +761,8 @@ def test_init_from_with_shards_of_another_tokenizer_says_how_to_make_them(monkey
 
 
 @pytest.mark.parametrize("objective", ["prefix", "fim"])
-def test_the_other_objectives_train_and_end_in_a_model_folder(monkeypatch, capsys, shards, tmp_path, objective):
+def test_the_other_objectives_train_and_end_in_a_model_folder(
+        monkeypatch, capsys, shards, tmp_path, objective):
     out = tmp_path / "run"
     code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--objective", objective)
     assert code == 0, errors

@@ -88,7 +88,8 @@ def kill_often(folder: Path, kills: int, seed: int) -> str:
         time.sleep(rng.uniform(0, 0.15))
         process.kill()
         process.join()
-        assert process.exitcode == -9, f"ended by itself, code {process.exitcode}, step {newest(run)} of {steps}"
+        assert process.exitcode == -9, (
+            f"ended by itself, code {process.exitcode}, step {newest(run)} of {steps}")
         done += 1
         inside += any(run.glob("state/*.tmp"))  # killed while a state was written or removed
         if newest(run) >= 0:

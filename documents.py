@@ -133,14 +133,15 @@ def read_files(files: Iterable[tuple[Path, str]], read_json: Callable | None = N
             yield Rejected("gzip", f"{path}: not a whole gzip file ({error})", path.stat().st_size)
 
 
-def read_json_lines(file: io.BufferedIOBase, path: Path, source: str, most: int = MOST_BYTES
-                    ) -> Iterator[dict | Rejected]:
+def read_json_lines(file: io.BufferedIOBase, path: Path, source: str, most: int = MOST_BYTES,
+                    parse: Callable[[bytes], dict] | None = None) -> Iterator[dict | Rejected]:
+    """parse: what makes a document of a line; default parse_line."""
     for number, (line, size) in enumerate(bounded_lines(file, most), start=1):
         if size > most:
             yield too_large(f"{path}:{number}: a line", size, most)
         elif line.strip():
             try:
-                document = parse_line(line)
+                document = (parse or parse_line)(line)
                 document.setdefault("source", f"{source}:{number}")
                 yield document
             except (ValueError, RecursionError) as error:
@@ -169,6 +170,23 @@ def parse_line(line: bytes) -> dict:
         kinds = {key: type(value).__name__ for key, value in document.items()}
         raise ValueError(f'an object with a string "text" is expected, not one of {kinds}')
     return document
+
+
+def parse_item(line: bytes) -> dict:
+    """Return the item of a benchmark: its "text", or all that its strings say: question, choices, answer."""
+    item = parse_json(line)
+    if isinstance(item, dict) and isinstance(item.get("text"), str):
+        return item
+    return {"text": "\n".join(strings_in(item))}
+
+
+def strings_in(value) -> Iterator[str]:
+    """Yield the strings in what JSON spelt, in their order; not the names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(part)
 
 
 def parse_json(content: bytes):

@@ -32,7 +32,8 @@ import config
 import dedup
 import suffixes
 from config import UserError
-from documents import digest, read_documents, stored_documents, to_line
+from documents import (accepted, digest, find_files, parse_item, read_files, read_json_lines, stored_documents,
+                       to_line)
 from privacy import pii_problem, redact_pii
 from quality import TABLES, adjusted, kept_lines, quality_problems
 from work import Work
@@ -54,7 +55,7 @@ class Cleaning:
     lines: int | None = None  # cut lines of so many characters that stood in earlier documents; 0: none
     near: float | None = None  # drop documents of this Jaccard similarity with an earlier one; 0: none
     passages: int | None = None  # cut passages of so many bytes that stood before, in the same chunk; 0: none
-    benchmark: tuple[str, ...] = ()  # files to be tested on: drop what shares an n-gram with their texts
+    benchmark: tuple[str, ...] = ()  # files to be tested on: drop what shares an n-gram with what they say
     ngram: int = 13  # words of that n-gram
     contaminated: str = "drop"  # drop such documents, or cut the shared words out
     classifier: tuple[str, ...] = ()  # files of classifier.py: most must vote for a document
@@ -233,7 +234,9 @@ def benchmark_step(settings: Cleaning) -> Step:
 
 
 def benchmark_items(path: str) -> list[dict]:
-    items = list(read_documents([path]))
+    """The items of an evaluation file: documents, or JSON Lines of any form (question and answer, say)."""
+    files = read_files(find_files([path]), functools.partial(read_json_lines, parse=parse_item))
+    items = list(accepted(files, "stop", {}))
     if not any(item["text"].strip() for item in items):
         raise UserError(f"--benchmark {path} is empty; name a file of the texts that will be tested on")
     return items

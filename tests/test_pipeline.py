@@ -126,11 +126,13 @@ def test_lines_across_shards_are_those_that_dedup_cuts(tmp_path):
     assert [kept[f"{n // 5}:{n % 5}"] for n in range(40)] == expected
 
 
+@pytest.mark.parametrize("form", [lambda text: {"text": text}, lambda text: {"question": text, "answer": "4"},
+                                  lambda text: {"choices": [{"label": "A", "said": text}, "B"], "gold": 0}])
 @pytest.mark.parametrize("action", ["drop", "cut"])
-def test_what_stands_in_a_benchmark_is_dropped_or_cut_with_the_words_named(tmp_path, action):
+def test_what_stands_in_a_benchmark_is_dropped_or_cut_with_the_words_named(tmp_path, action, form):
     question = "If seven lanterns burn for eleven nights on nine litres of oil how many burn for three?"
     other = "Another question, of no interest to anybody in this file."
-    write_documents(tmp_path / "test.jsonl", [{"text": other}, {"text": question}])
+    write_documents(tmp_path / "test.jsonl", [form(other), form(question)])
     texts = [sentences(0), "Before it. " + question.upper() + " After it. " + sentences(1)]
     kept, told, _ = run(tmp_path, texts, benchmark=(str(tmp_path / "test.jsonl"),), contaminated=action,
                         val_fraction=0.01)

@@ -406,9 +406,11 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_run_killed_in_the_middle_leaves_no_output_and_no_process(tmp_path, kill, code):
-    for seconds in (1.5, 2.5, 3.5):                          # while reading, training the tokenizer, encoding
+    for seconds in (0.5, 1.5, 2.5):                          # while reading, training the tokenizer, encoding
         run = subprocess.Popen([sys.executable, ROOT / "data.py", "--out", tmp_path / "out"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        assert run.stdout.readline(), "the first line: the program is at work, no longer importing"
         time.sleep(seconds)
         os.kill(run.pid, kill)
         try:

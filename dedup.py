@@ -271,11 +271,16 @@ def exact_duplicates(texts: Iterable[str]) -> np.ndarray:
     Compared are 128 bits of BLAKE2b; 16 bytes a document, and as much again while they are sorted.
     """
     digests = b"".join(digest(text, 16) for text in texts)
-    high, low = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
-    order = np.lexsort((low, high))  # stable: the first of equal ones comes first
-    new = np.ones(len(order), bool)
-    new[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
-    first = np.empty(len(order), np.int64)
+    return first_equal(np.frombuffer(digests, np.uint64).reshape(-1, 2))
+
+
+def first_equal(keys: np.ndarray) -> np.ndarray:
+    """(N,) int64: for each row of keys (N, columns) the index of the first row that equals it."""
+    order = np.lexsort(keys.T[::-1])  # stable: the first of equal ones comes first
+    keys = keys[order]
+    new = np.ones(len(keys), bool)
+    new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+    first = np.empty(len(keys), np.int64)
     first[order] = order[new][np.cumsum(new) - 1]
     return first
 

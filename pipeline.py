@@ -510,17 +510,6 @@ def line_keys(texts: list[str], first: int, shortest: int) -> np.ndarray:
     return np.column_stack([np.array([key for line in keys for key in line], np.uint64), owners])
 
 
-def first_owners(keys: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """(N,) the owner of the first row of `keys` (N, columns) that equals each; owners (N,) ascend."""
-    order = np.lexsort(keys.T[::-1])  # stable: of equal ones the first stays first
-    keys = keys[order]
-    new = np.ones(len(keys), bool)
-    new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-    firsts = np.empty_like(owners)
-    firsts[order] = owners[order][new][np.cumsum(new) - 1]
-    return firsts
-
-
 def decide_repeated(work: Work, before: str, name: str, offsets: list[int], columns: int
                     ) -> list[tuple[int, int]]:
     """Mark the keys that an earlier document has; return (document, the earlier one) of the first of them.
@@ -541,7 +530,7 @@ def decide_repeated(work: Work, before: str, name: str, offsets: list[int], colu
         keys = np.concatenate([part[row, :columns] for part, row in zip(parts, rows)])
         owners = np.concatenate([part[row, columns].astype(np.int64) + start
                                  for part, row, start in zip(parts, rows, offsets)])
-        firsts = first_owners(keys, owners)
+        firsts = owners[dedup.first_equal(keys)]  # owners ascend: the first row is the first owner's
         again = (firsts < owners) & (keys[:, 0] != 0)
         where = np.flatnonzero(again)[:EXAMPLES]
         twins += zip(owners[where].tolist(), firsts[where].tolist())

@@ -311,12 +311,8 @@ def without_repeated_lines(texts: Iterable[str], unit: str = "line", normalise: 
         keys.extend(found)
         counts.append(len(found))
     keys, document = np.array(keys, np.uint64), np.repeat(np.arange(len(counts)), counts)
-    order = np.argsort(keys, kind="stable")
-    new = np.concatenate([[True], keys[order][1:] != keys[order][:-1]])[:len(keys)]
-    first = document[order][new][np.cumsum(new) - 1]  # the first document that has the line, in sorted order
-    stays = np.empty(len(keys), bool)
-    stays[order] = (first == document[order]) | (keys[order] == 0)
-    del keys, document, order, new, first
+    stays = (document[first_equal(keys[:, None])] == document) | (keys == 0)  # no earlier document has it
+    del keys, document
     at = 0
     for text, count in zip(texts, counts, strict=True):
         yield "".join(piece for piece, stay in zip(pieces(text, unit), stays[at:at + count]) if stay)

@@ -561,11 +561,10 @@ def check_base(folder: Path, config: dict, found: dict, entries: dict, model: nn
 def open_model(folder, device="cpu",
                dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
     """checkpoint.load_model, for adapters' folders too: their base is read, and they are merged into it."""
-    folder = Path(folder)
-    if not (folder / "model.safetensors").is_file():  # a merged model needs its base no more
-        folder = next((place for place in (folder, folder / "adapter") if (place / CONFIG).is_file()), folder)
-    if not (folder / CONFIG).is_file() or (folder / "model.safetensors").is_file():
-        return checkpoint.load_model(folder, device, dtype)
+    whole = Path(folder)
+    folder = next((place for place in (whole, whole / "adapter") if (place / CONFIG).is_file()), None)
+    if folder is None or (whole / "model.safetensors").is_file():  # a merged model needs its base no more
+        return checkpoint.load_model(whole, device, dtype)
     base = adapter_config(folder).get("base_model_name_or_path")
     if not base or not Path(base).is_dir():
         raise UserError(f"{folder} is an adapter for {base}, and there is no such folder here; merge it with "

@@ -663,11 +663,10 @@ class Adapter:
         require(self, lora_rank=(0, None), lora_alpha=(1e-6, 1e6), lora_dropout=(0, 0.99),
                 lora_lr=(1e-12, 10), lora_plus=(1e-3, 1e3))
         if self.lora_rank == 0:
-            for field in dataclasses.fields(Adapter):
-                value = getattr(self, field.name)
-                if value != field.default:
-                    raise UserError(f"--{field.name} {value} is for adapters, and there are none; pass "
-                                    f"--lora_rank 8")
+            for name in Adapter.__dataclass_fields__:
+                value = getattr(self, name)
+                if value != self.__dataclass_fields__[name].default:  # a stage may have another one
+                    raise UserError(f"--{name} {value} is for adapters, and there are none; pass --lora_rank 8")
             return
         if self.tensor_parallel > 1:
             raise UserError(f"--tensor_parallel {self.tensor_parallel} does not know adapters; pass "

@@ -66,12 +66,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden (N, C), weight (V, C), targets (N,), -100 for none -> the sum in nats, float32 or better. A weight
     that tensor parallelism has cut into rows of the vocabulary stays so: each process has its own logits.
     """
-    group, first = None, 0
-    if isinstance(weight, DTensor):
-        group, place = weight.device_mesh.get_group(), weight.device_mesh.get_local_rank()
-        first = place * math.ceil(weight.size(0) / weight.device_mesh.size())  # as torch.chunk cuts
-        weight = weight.to_local()
-    return LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled(), group, first)
+    return LinearCrossEntropy.apply(hidden, *own_rows(weight), targets, torch.is_grad_enabled())
+
+
+def own_rows(weight: Tensor) -> tuple[Tensor, dist.ProcessGroup | None, int]:
+    """(the rows of the vocabulary that this process has, the group that shares the others, the first one)."""
+    if not isinstance(weight, DTensor):
+        return weight, None, 0
+    group, place = weight.device_mesh.get_group(), weight.device_mesh.get_local_rank()
+    first = place * math.ceil(weight.size(0) / weight.device_mesh.size())  # as torch.chunk cuts
+    return weight.to_local(), group, first
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -85,16 +89,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool, group=None,
-                first: int = 0) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, group, first: int, targets: Tensor,
+                with_gradient: bool) -> Tensor:
         """weight: the rows `first` … of the vocabulary, whose other rows are with the others of `group`."""
         device, dtype = hidden.device.type, hidden.dtype
-        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        exact = torch.float32 if product == torch.float16 else product
+        product, exact = product_dtypes(device, weight)
         weight, exact_weight = weight.to(product), weight.to(exact)  # once, not for each few rows
-        # 2^21 float32 are 8 MB: what a CPU's cache holds. But the weight's gradient, (V, C), is read and
-        # written for each chunk: no fewer rows than 2 C, or that costs more than the products
-        rows = max(2 * hidden.size(1), (2 ** 27 if hidden.is_cuda else 2 ** 21) // max(1, len(weight)))
+        rows = rows_at_once(hidden, weight)
         loss_sum = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))
         hidden_grad = torch.empty_like(hidden)
         weight_grad = None  # of a frozen head nobody asks for it
@@ -103,8 +104,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for part, part_grad, target in zip(hidden.split(rows), hidden_grad.split(rows),
                                                targets.split(rows)):
-                loss, grad = rows_loss(part.to(product) @ weight.T, target, group, first)
-                loss_sum += loss
+                losses, grad = rows_loss(part.to(product) @ weight.T, target, group, first)
+                loss_sum += losses.sum()
                 if with_gradient:
                     grad = grad.to(exact)  # (rows, V)
                     part_grad.copy_(grad @ exact_weight)
@@ -125,8 +126,77 @@ class LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad * scale, weight_grad, None, None, None, None
 
 
+def product_dtypes(device: str, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(of the logits' product, of the gradient's): fp16 would lose small probabilities in the second."""
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return product, torch.float32 if product == torch.float16 else product
+
+
+def rows_at_once(hidden: Tensor, weight: Tensor) -> int:
+    """How many rows' logits are made at a time.
+
+    2^21 float32 are 8 MB: what a CPU's cache holds. But the weight's gradient, (V, C), is read and written for
+    each chunk: no fewer rows than 2 C, or that costs more than the products.
+    """
+    return max(2 * hidden.size(1), (2 ** 27 if hidden.is_cuda else 2 ** 21) // max(1, len(weight)))
+
+
+def token_logps(model: Transformer, inputs: Tensor, targets: Tensor, mask: Mask | Tensor | None = None
+                ) -> Tensor:
+    """log p(target | all before it) in nats of each target that is not -100, in their order: (N,) float32.
+
+    inputs, targets: (B, T) as of next_token_loss, whose parts these are; here each has a gradient of its own,
+    as preferences and rewards need it. Never are the logits of all tokens held.
+    """
+    assert type(model.lm_head) is nn.Linear, "this reads the head's weight, not what wraps it"
+    hidden, valid = model.model(inputs, mask=mask), targets != IGNORE  # (B, T, C)
+    return LinearLogps.apply(hidden[valid], *own_rows(effective_weight(model.lm_head)), targets[valid])
+
+
+class LinearLogps(torch.autograd.Function):
+    """The work of token_logps: (N, C) -> (N,), a few rows' logits at a time.
+
+    LinearCrossEntropy turns logits into the gradient of the sum while it has them. Here what each row's
+    log-probability is worth is known only later, when all of a reply are added up and compared with another
+    reply's: so the backward pass computes the logits once more, which is one product instead of holding N V.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, group, first: int, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.place, ctx.dtypes = (group, first), product_dtypes(device, weight)
+        logps = torch.empty(len(hidden), device=hidden.device,
+                            dtype=torch.promote_types(hidden.dtype, torch.float32))
+        weight, rows = weight.to(ctx.dtypes[0]), rows_at_once(hidden, weight)
+        with torch.autocast(device, enabled=False):
+            for part, part_logps, target in zip(hidden.split(rows), logps.split(rows), targets.split(rows)):
+                part_logps.copy_(-rows_loss(part.to(weight.dtype) @ weight.T, target, group, first)[0])
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scales: Tensor):
+        (hidden, weight, targets), (group, first), (product, exact) = ctx.saved_tensors, ctx.place, ctx.dtypes
+        hidden_grad, weight_grad = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        rough, exact_weight, rows = weight.to(product), weight.to(exact), rows_at_once(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, part_grad, target, scale in zip(hidden.split(rows), hidden_grad.split(rows),
+                                                      targets.split(rows), scales.split(rows)):
+                grad = rows_loss(part.to(product) @ rough.T, target, group, first)[1]  # of the loss, -logp
+                grad = grad.mul_(-scale[:, None]).to(exact)  # (rows, V)
+                part_grad.copy_(grad @ exact_weight)
+                if weight_grad is not None:
+                    weight_grad += grad.T @ part.to(exact)
+        if group is not None:
+            dist.all_reduce(hidden_grad, group=group)
+        return hidden_grad, weight_grad, None, None, None
+
+
 def rows_loss(logits: Tensor, targets: Tensor, group=None, first: int = 0) -> tuple[Tensor, Tensor]:
-    """(the losses' sum, its gradient softmax - onehot (rows, V)) of a few rows' logits, in their memory.
+    """(the losses (rows,), their gradients softmax - onehot (rows, V)) of a few rows' logits, in their memory.
 
     logits (rows, V), or the columns `first` … of them, the others being with the others of `group`.
     """
@@ -142,9 +212,9 @@ def rows_loss(logits: Tensor, targets: Tensor, group=None, first: int = 0) -> tu
     total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
     if group is not None:
         dist.all_reduce(total, group=group)
-    loss = ((top + total.log() - of_target) * valid).sum()
+    losses = ((top + total.log() - of_target) * valid)[:, 0]
     scale = torch.where(valid, 1 / total, 0.0)
-    return loss, logits.mul_(scale).scatter_add_(1, target, -here.to(logits.dtype))
+    return losses, logits.mul_(scale).scatter_add_(1, target, -here.to(logits.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -468,12 +468,16 @@ def read_splits(settings: Settings, env: Env) -> dict[str, list[dict]]:
         read = [list(read_conversations(file, settings.on_bad_line)) for file in files]
     if len(read) == 2:
         return {"train": read[0], "val": read[1]}
-    held_out = np.random.default_rng(0).permutation(len(read[0])) < settings.val_share * len(read[0])
-    if held_out.all():
-        raise UserError(f"{place} has {len(read[0])} conversations, too few to hold out a share of "
-                        f"{settings.val_share}; give more, or another --val_share")
-    return {"train": [c for c, out in zip(read[0], held_out) if not out],
-            "val": [c for c, out in zip(read[0], held_out) if out]}
+    return dict(zip(("train", "val"), held_out(read[0], settings.val_share, place)))
+
+
+def held_out(items: list, share: float, place: Path) -> tuple[list, list]:
+    """(the items to train on, a share of them held out), drawn by lot, always the same."""
+    out = np.random.default_rng(0).permutation(len(items)) < share * len(items)
+    if out.all():
+        raise UserError(f"{place} has {len(items)} to learn from, too few to hold out a share of {share}; give "
+                        f"more, or another --val_share")
+    return [item for item, is_out in zip(items, out) if not is_out], [i for i, is_out in zip(items, out) if is_out]
 
 
 def pack(settings: Settings, examples: dict[str, list[Example]], tokenizer: Tokenizer, template: Template,

@@ -86,6 +86,20 @@ def assemble(code: str, answer: str) -> str:
     return f"{code}\n{answer if answer[:1].isspace() else indentation + answer}"
 
 
+def used_arguments(code: str, answer: str) -> float | None:
+    """Which share of the function's arguments the answer reads, 1 if it has none; None if it does not compile.
+
+    self and cls are arguments like any other. Nothing is run.
+    """
+    tree = compiled(assemble(code, answer), ast.PyCF_ONLY_AST) if answer.strip() else None
+    if tree is None or not compiles(assemble(code, answer)):
+        return None
+    arguments = {node.arg for node in ast.walk(tree.body[0].args) if isinstance(node, ast.arg)}
+    read = {node.id for statement in tree.body[0].body for node in ast.walk(statement)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return len(arguments & read) / len(arguments) if arguments else 1.0
+
+
 def write_conversations(folder: str | Path, overwrite: bool = False, max_chars: int = MAX_CHARS,
                         seed: int = 0, val_fraction: float = data.Settings.val_fraction) -> None:
     """Write the default conversations as train.jsonl and val.jsonl, and print how many of them there are.

@@ -347,7 +347,7 @@ def open_run_folder(settings):
     """Make settings.out, or refuse it, and hold it alone. Only --overwrite deletes, and what a run writes."""
     folder = Path(settings.out)
     for name in ("data", "init_from", "replay"):
-        other = getattr(settings, name)
+        other = getattr(settings, name, None)
         if other and folder.resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
             raise UserError(f"--out {folder} holds --{name} {other}; choose another --out")
     if folder.is_dir() and is_run(folder):
@@ -367,7 +367,7 @@ def clear_run_folder(folder: Path, overwrite: bool):
         shutil.rmtree(folder / "state", ignore_errors=True)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         # settings.json stays: after a kill here it is still a run
-        for name in (*MODEL_FILES, "log.jsonl", "trace.json"):
+        for name in (*MODEL_FILES, "log.jsonl", "trace.json", "results.json", "rewards.svg"):
             (folder / name).unlink(missing_ok=True)
     if any((folder / name).exists() for name in MODEL_FILES) and not states(folder / "state"):
         raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, "

@@ -11,7 +11,8 @@ The loop is plain functions that every later stage calls, in this order: `setup`
 the model, `make_optimizer`, then `train`: for each step the `learning_rate`, an `update`, the log, now and
 then `evaluate` and `save`. A stage differs by its batches and its loss, `loss_fn(model, batch) -> (loss_sum,
 count)`: a sum over tokens (or pairs), and how many. The mean is taken over all micro-batches and all
-processes at once, so neither changes what is learnt.
+processes at once, so neither changes what is learnt. A loss may return figures for the log as a third:
+{name: (sum, count)}, of which the means are taken in the same way.
 
 Stopped by Ctrl-C, SIGTERM or kill -9, the same command goes on from the last state and ends with the same
 bytes: batches and randomness are functions of (seed, step) alone.
@@ -31,6 +32,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -48,7 +50,7 @@ from optim import batch_windows, learning_rate, make_optimizer, windows_before
 from parallel import Compute, Env, inside, parallelize, setup, whole_step
 from positions import extended
 from survive import BadStep, Run, lost_process, open_run_folder, save_whole, spike_limit, stop_signals
-from watch import Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory
+from watch import Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory, term
 
 
 def widths(preset: str) -> dict:
@@ -238,7 +240,9 @@ FREE = {field.name for field in fields(Compute)} | {
 
 def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, scaler=None,
            limit: float = math.inf) -> dict:
-    """One step over all micro-batches of all processes: returns {"loss", "targets", "grad_norm", "skipped"}.
+    """One step over all micro-batches of all processes.
+
+    Returns {"loss", "targets", "grad_norm", "skipped", "figures"}.
 
     Gradients of the sums are added up, over micro-batches and then over processes, and divided once by the
     count of all targets: the gradient of the mean, however the targets are spread. loss is in nats a target;
@@ -249,13 +253,13 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
     touched.
     """
     optimizer.zero_grad()
-    totals = torch.zeros(2, dtype=torch.float64, device=env.scalar_device)
+    totals = Totals(env)
     for batch, last in marked(micro_batches):
         with whole_step(model, last), env.autocast():
-            loss_sum, count = inside(model, loss_fn, env.to_device(batch))
+            loss_sum, *rest = inside(model, loss_fn, env.to_device(batch))
             (loss_sum * scaler.scale if scaler else loss_sum).backward()
-        totals += torch.stack([x.detach().to(totals) for x in (loss_sum, count)])
-    loss_sum, count = env.sum_over_data(totals).tolist()
+        totals.add(loss_sum, *rest)
+    loss_sum, count, figures = totals.over_all()
     loss = loss_sum / max(count, 1)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     # torch has averaged over the parts of the batch
@@ -270,7 +274,27 @@ def update(model, optimizer, micro_batches, loss_fn, settings, env, lr: float, s
         optimizer.step()
     if scaler:
         scaler.update(overflow)
-    return {"loss": loss, "targets": int(count), "grad_norm": norm, "skipped": overflow}
+    return {"loss": loss, "targets": int(count), "grad_norm": norm, "skipped": overflow, "figures": figures}
+
+
+class Totals:
+    """What losses return, added up over micro-batches and then over processes, in float64."""
+
+    def __init__(self, env: Env):
+        self.env, self.names, self.sums = env, (), 0.0
+
+    def add(self, loss_sum: Tensor, count: Tensor, figures: dict[str, tuple[Tensor, Tensor]] | None = None):
+        """figures: {name: (sum, count)}, the same names each time."""
+        figures = figures or {}
+        numbers = [x.detach() for pair in [(loss_sum, count), *figures.values()] for x in pair]
+        kind = {"dtype": torch.float64, "device": self.env.scalar_device}
+        self.names, self.sums = tuple(figures), self.sums + torch.stack([x.to(**kind) for x in numbers])
+
+    def over_all(self) -> tuple[float, float, dict[str, float]]:
+        """(sum of losses, their count, {name: mean}), equal on every process."""
+        loss_sum, count, *rest = self.env.sum_over_data(self.sums).tolist()
+        means = {name: total / max(number, 1) for name, total, number in zip(self.names, rest[::2], rest[1::2])}
+        return loss_sum, count, means
 
 
 def marked(items):
@@ -308,26 +332,27 @@ def refuse_bad(loss: float, norm: float, limit: float, lr: float):
 
 @torch.no_grad()
 def evaluate(model, batches: Batches, loss_fn, env) -> dict:
-    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens"}.
+    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens", figures}.
 
     Equal on every process. Bits per byte: the total loss in bits over the bytes of the text, so that
     tokenizers can be compared. It charges the model for end-of-text tokens too. Windows overlap where
-    `batches` has a stride.
+    `batches` has a stride. Of batches without text_bytes there are none.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=env.scalar_device)
+    totals = Totals(env)
     for step in tqdm(range(batches.steps), desc="evaluate", unit="batch", leave=False, disable=env.rank > 0):
         # eager: not worth compiling once more, without gradients
         with env.autocast(), torch.compiler.set_stance("force_eager"):
-            loss_sum, count = inside(model, loss_fn, env.to_device(batches.in_order(step)))
-        totals += torch.stack([x.to(totals) for x in (loss_sum, count)])
+            totals.add(*inside(model, loss_fn, env.to_device(batches.in_order(step))))
     model.train(was_training)
-    loss_sum, count = env.sum_over_data(totals).tolist()
+    loss_sum, count, figures = totals.over_all()
     if not math.isfinite(loss_sum):
         raise UserError(f"the held-out loss is {loss_sum}: the model is broken; go back to an earlier state")
-    return {"loss": loss_sum / count, "bits_per_byte": loss_sum / math.log(2) / batches.text_bytes,
-            "tokens": int(count)}
+    result = {"loss": loss_sum / count, "tokens": int(count), **figures}
+    if hasattr(batches, "text_bytes"):
+        result["bits_per_byte"] = loss_sum / math.log(2) / batches.text_bytes
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -409,9 +434,10 @@ def one_step(run: Run, batches, loss_fn, settings, env) -> dict:
     report = update(run.model, run.optimizer, fetch(), loss_fn, settings, env, lr, run.scaler, limit)
     run.step += 1
     run.losses = [*run.losses[-99:], report["loss"]]
+    width = getattr(batches, "window_tokens", settings.seq_len)
     line = log_line(step, lr, report, batches, time.perf_counter() - began, run.model, settings, env,
-                    tokens=windows_before(step + 1, settings) * settings.seq_len,
-                    tokens_step=windows * settings.seq_len, data_wait=waited[0])
+                    tokens=round(windows_before(step + 1, settings) * width),
+                    tokens_step=windows * width, data_wait=waited[0])
     return line | run.news()
 
 
@@ -431,11 +457,14 @@ def go_back(problem: BadStep, run: Run, settings, env, log):
 
 def judge(line: dict, run: Run, validation: dict, loss_fn, env) -> bool:
     """Evaluate, add the figures to the line of the log, and say whether the first is the best so far."""
+    losses = []
     for name, batches in validation.items():
         result = evaluate(run.model, batches, loss_fn, env)
-        line |= {f"{name}val_loss_nats_per_token": result["loss"],
-                 f"{name}val_bits_per_byte": result["bits_per_byte"]}
-    loss = line[f"{next(iter(validation))}val_loss_nats_per_token"]
+        losses.append(result.pop("loss"))
+        del result["tokens"]
+        line[f"{name}val_loss_nats_per_{term(batches)}"] = losses[-1]
+        line |= {f"{name}val_{figure}": value for figure, value in result.items()}
+    loss = losses[0]
     best = run.best_loss is None or loss < run.best_loss
     if best:
         run.best_loss, run.best_step = loss, run.step

@@ -190,10 +190,11 @@ def log_line(step, lr, report, batches, seconds, model, settings, env, tokens=No
     tokens_step = tokens_step or settings.batch_size * settings.seq_len
     figures = (report["loss"], report["grad_norm"])
     loss, norm = (x if math.isfinite(x) else None for x in figures)  # JSON has no infinity
-    line = {"step": step + 1, "loss_nats_per_token": loss, "lr": lr, "grad_norm": norm,
+    line = {"step": step + 1, f"loss_nats_per_{term(batches)}": loss, "lr": lr, "grad_norm": norm,
             "targets": report["targets"], "tokens": tokens or (step + 1) * tokens_step,
             "tokens_per_second": round(tokens_step / seconds), "seconds": round(seconds, 4),
             "data_wait_seconds": round(data_wait, 4)}
+    line |= report.get("figures", {})
     if report["skipped"]:
         line["skipped"] = True
     if hasattr(batches, "text_bytes") and loss is not None:
@@ -205,6 +206,11 @@ def log_line(step, lr, report, batches, seconds, model, settings, env, tokens=No
     return line if peak is None else line | {"memory_gib": round(peak / GIB, 4)}
 
 
+def term(batches) -> str:
+    """What losses are sums over: tokens, unless the batches say otherwise (pairs)."""
+    return getattr(batches, "term", "token")
+
+
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes held so far: tensors on a GPU, else all of this process. None on Windows."""
     if device.type == "cuda":
@@ -214,13 +220,18 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+SHOWN = {"accuracy": 2, "chosen_reward": 3, "rejected_reward": 3}  # figures of losses: digits in the progress
+
+
 def describe(line: dict) -> str:
     """The line of the log in the words of the progress line."""
     if line.get("skipped"):
         return "skipped: overflow, the loss scale is halved"
-    words = [f"loss {line['loss_nats_per_token']:.3f}"]
+    loss = next(value for name, value in line.items() if name.startswith("loss_nats_per_"))
+    words = [f"loss {loss:.3f}"]
     if "bits_per_byte" in line:
         words.append(f"{line['bits_per_byte']:.3f} bits/byte")
+    words += [f"{name} {line[name]:.{digits}f}" for name, digits in SHOWN.items() if name in line]
     words += [f"lr {line['lr']:.1e}", f"norm {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,} tok/s"]
     if "mfu" in line:
         words.append(f"{line['mfu']:.0%} of peak")
@@ -242,7 +253,7 @@ KINDS = {kind: re.compile(pattern, re.MULTILINE) for kind, pattern in {
     "communication": r"c10d|nccl|gloo|FSDP::",
     "optimizer": r"Optimizer\.step|_fused_adam|_foreach_",
     "attention": r"scaled_dot_product|ScaledDotProduct|flash|fmha",
-    "head and loss": r"LinearCrossEntropy|cross_entropy|nll_loss|log_softmax",
+    "head and loss": r"LinearCrossEntropy|LinearLogps|cross_entropy|nll_loss|log_softmax",
     "matrix products": r"aten::(add|b|baddb)?mm$|gemm|triton_mm",
     "other": r"",  # norms, rotary positions, sums: element by element
 }.items()}

@@ -719,7 +719,7 @@ def test_a_line_that_is_no_conversation_is_named_or_skipped(base, tmp_path, comm
     (dict(data="{tmp}/other.jsonl"), "that is no form of conversations; known are messages"),
     (dict(data="{tmp}/none.jsonl"), "there is no "),
     (dict(data="{tmp}"), "train.jsonl; --data is a file of conversations, or a folder"),
-    (dict(data="{tmp}/single.jsonl"), "has 1 conversations, too few to hold out a share"),
+    (dict(data="{tmp}/single.jsonl"), "has 1 to learn from, too few to hold out a share"),
     (dict(seq_len=12), "none of the 60 conversations fits into --seq_len 12 tokens"),
     (dict(rope_scaling="none"), "seq_len 96 exceeds max_seq_len 64"),
     (dict(init_from="{tmp}/none"), "there is no model folder"),

@@ -1,0 +1,267 @@
+"""Rejection sampling: ask a model several times, and let a rule that can be checked say which answers are best.
+
+    python dpo.py --make_pairs --init_from runs/sft       # runs/pairs: pairs for DPO, and the best for SFT
+
+For each prompt k samples at temperature 1 are scored by `quality`. Best against worst, where they lie apart by
+a margin, makes a preference; the best alone makes a conversation for SFT (best-of-k; Touvron et al. 2023,
+https://arxiv.org/abs/2307.09288, section 3.2.3; Llama Team 2024, https://arxiv.org/abs/2407.21783, section
+4.2.2). No person and no reward model has a say: what the rule does not see, it does not teach.
+
+A folder of pairs: train.jsonl and val.jsonl (preferences), best/ (conversations, the same split),
+questions.jsonl (all held-out prompts, with the author's answers), samples.jsonl (all samples and scores) and
+made.json. Killed, it goes on after the last whole batch of samples; several processes share the batches.
+"""
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import stdlib_chat
+from batches import SPLITS, file_checksum
+from bpe import Tokenizer
+from chat import TEMPLATES, read_conversations, render
+from checkpoint import read_json
+from config import UserError, open_whole, require
+from documents import write_documents
+from generation import Packed
+from lora import open_model
+from model import Transformer, generate
+from parallel import Env
+from sft import f1, spread
+from survive import alone
+from work import Work, fingerprint
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Which answer is better
+
+
+def quality(conversation: dict, reply: str, ended: bool) -> float:
+    """How good a reply is, from 0 to 1, by what a program can check; conversation: with the author's answer.
+
+    Of the task "write" (a function's body) the mean of three: it compiles, it ends by itself, and the share of
+    the function's arguments that it uses. Of all else the F1 of words with the author's answer, and 0 for an
+    answer that does not end.
+    """
+    if conversation.get("task") == "write":
+        used = stdlib_chat.used_arguments(conversation["code"], reply)  # None: it does not compile
+        return (ended + (used is not None) + (used or 0.0)) / 3
+    return f1(reply, conversation["messages"][-1]["content"]) if ended else 0.0
+
+
+def preference(conversation: dict, samples: Sequence[dict], margin: float, chosen: str = "best") -> dict | None:
+    """The pair that samples of one prompt make: best against worst. None if they lie less than `margin` apart.
+
+    samples: {"text", "ended", "score"} each. Of equal scores the first counts. chosen: "author" takes the
+    conversation's own answer (score 1) in the best sample's place.
+    """
+    best = max(samples, key=lambda sample: sample["score"])
+    worst = min(samples, key=lambda sample: sample["score"])
+    if chosen == "author":
+        best = {"text": conversation["messages"][-1]["content"], "score": 1.0}
+    if best["score"] - worst["score"] < margin or best["text"] == worst["text"] or not worst["text"].strip():
+        return None
+    *prompt, _ = conversation["messages"]
+    return {"prompt": prompt, "chosen": best["text"], "rejected": worst["text"],
+            "scores": [best["score"], worst["score"]]}
+
+
+def best_answer(conversation: dict, samples: Sequence[dict]) -> dict | None:
+    """The conversation with the best of the samples as its answer; None where all are worth nothing."""
+    best = max(samples, key=lambda sample: sample["score"])
+    if not best["score"] or not best["text"].strip() or not best["ended"]:
+        return None
+    answer = {"role": "assistant", "content": best["text"]}
+    return {**conversation, "messages": [*conversation["messages"][:-1], answer]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Samples
+
+
+def sample_replies(model: Transformer, prompts: Sequence[list[int]], tokenizer: Tokenizer, stop_id: int,
+                   samples: int, max_new_tokens: int, temperature: float = 1.0,
+                   generator: torch.Generator | None = None) -> list[list[dict]]:
+    """{"text", "ended", "logp", "ids"} of `samples` replies to each prompt, drawn together.
+
+    logp: of the reply's ids, its end token included, summed, in nats, at this temperature. prompts: each leaves the model room for
+    at least a token; replies are no longer than the longest prompt leaves room for.
+    """
+    room = min(max_new_tokens, model.config.max_seq_len - max(map(len, prompts)))
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    drawn = generate(model, rows, room, temperature=temperature, stop_ids=[stop_id], generator=generator)
+    replies = []
+    for ids, length, logps in zip(drawn.ids.tolist(), drawn.lengths.tolist(), drawn.logps):
+        ended = ids[length - 1] == stop_id
+        replies.append({"text": tokenizer.decode(ids[:length - ended]), "ended": ended,
+                        "logp": logps[:length].sum().item(), "ids": ids[:length]})
+    return [replies[i:i + samples] for i in range(0, len(replies), samples)]
+
+
+@dataclass
+class Sampling:
+    """How pairs are made: settings that dpo.py inherits."""
+    prompts_data: str = "runs/chat"  # whose prompts are asked: a folder with train.jsonl and val.jsonl
+    prompts: int = 2000  # so many of them, evenly from all; and all that are held out
+    samples: int = 8  # answers to each prompt
+    temperature: float = 1.0  # of the answers
+    max_new_tokens: int = 100  # of an answer
+    margin: float = 0.2  # best and worst make a pair if their scores, 0 to 1, lie so far apart
+    chosen: Literal["best", "author"] = "best"  # chosen is the best sample, or the author's own answer
+    prompts_at_once: int = 32  # prompts whose answers are drawn together
+
+    def check_sampling(self):
+        require(self, prompts=(1, None), samples=(2, None), temperature=(1e-3, 100), max_new_tokens=(1, None),
+                margin=(1e-6, 1), prompts_at_once=(1, None))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. A folder of pairs
+
+
+def make_pairs(settings, init_from: str | Path, out: str | Path, env: Env, overwrite: bool = False):
+    """Write the folder of pairs that the model in init_from gives; a finished one of the same settings stays.
+
+    settings: a Sampling with seed and template. Raises UserError where `out` holds anything else.
+    """
+    out, key = Path(out), identity(settings, init_from)
+    with contextlib.ExitStack() as stack:
+        env.first(lambda: stack.enter_context(begun(out, key, overwrite)), patient=True)
+        if (out / "made.json").exists():
+            env.say(f"{out} is there already: {read_json(out / 'made.json')['counts']}")
+            return
+        model, tokenizer = open_model(init_from, env.device)
+        if tokenizer is None:
+            raise UserError(f"{init_from} has no tokenizer.json that can be read, and prompts cannot be written "
+                            f"without it")
+        groups = grouped(settings, model, tokenizer)
+        work = Work(out / "work", key, env.rank, env.world_size)
+        with Packed(model.eval()):
+            work.each("samples", len(groups), functools.partial(draw, settings, model, tokenizer, groups, work))
+        env.first(lambda: finish(settings, out, key, work, len(groups)), patient=True)
+
+
+def identity(settings, init_from: str | Path) -> str:
+    """What the samples depend on, as one word."""
+    names = [*Sampling.__dataclass_fields__, "seed", "template"]
+    files = [file_checksum(path) for path in prompt_files(settings).values()]
+    return fingerprint({name: getattr(settings, name) for name in names}, weights_of(init_from), files)
+
+
+def weights_of(folder: str | Path) -> str:
+    """Stands for the weights in a model folder, or for those of an adapter in it."""
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("adapter/*.safetensors")]
+    return fingerprint([file_checksum(path) for path in sorted(files)])
+
+
+def prompt_files(settings) -> dict[str, Path]:
+    files = {split: Path(settings.prompts_data) / f"{split}.jsonl" for split in SPLITS}
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"there is no {path}; --prompts_data is a folder of conversations with train.jsonl "
+                            f"and val.jsonl (the default one: python sft.py --make_data)")
+    return files
+
+
+@contextlib.contextmanager
+def begun(out: Path, key: str, overwrite: bool):
+    """Hold the folder alone, made or refused. Deletes what was written here alone, and only if told to."""
+    ours = (out / "made.json").is_file() or (out / "work" / "key.json").is_file()
+    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no folder of pairs; choose another place for them")
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        if overwrite and ours:
+            clear(out)
+        known = read_json(out / "made.json", {}) or read_json(out / "work" / "key.json", {"key": key})
+        if known.get("key") != key:
+            raise UserError(f"{out} holds pairs of another model or of other settings; pass --overwrite to make "
+                            f"them anew, or choose another place")
+        if not (out / "made.json").exists():
+            (out / "work").mkdir(exist_ok=True)
+            with open_whole(out / "work" / "key.json", "w") as file:
+                json.dump({"key": key}, file)
+        yield
+
+
+def clear(out: Path):
+    (out / "made.json").unlink(missing_ok=True)  # first: without it nobody takes the rest for whole
+    for path in [*out.glob("*.jsonl"), *out.glob("reference-*.safetensors")]:
+        path.unlink()
+    for name in ("work", "best"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def grouped(settings, model: Transformer, tokenizer: Tokenizer) -> list[list[dict]]:
+    """The conversations whose prompts are asked, in groups of like length that fit into one batch.
+
+    Each gets its "split" and "ids" (of the prompt). One that leaves no room for an answer is left out.
+    """
+    template, chosen = TEMPLATES[settings.template], []
+    for split, path in prompt_files(settings).items():
+        conversations = list(read_conversations(path))
+        for one in spread(conversations, settings.prompts) if split == "train" else conversations:
+            ids, _ = render(one["messages"][:-1], tokenizer, True, template)
+            if len(ids) + settings.max_new_tokens <= model.config.max_seq_len:
+                chosen.append({**one, "split": split, "ids": ids})
+    if not chosen:
+        raise UserError(f"no prompt of {settings.prompts_data} leaves {settings.max_new_tokens} of the model's "
+                        f"{model.config.max_seq_len} tokens to an answer; pass fewer --max_new_tokens")
+    chosen.sort(key=lambda one: len(one["ids"]))
+    size = settings.prompts_at_once
+    return [chosen[i:i + size] for i in range(0, len(chosen), size)]
+
+
+def draw(settings, model: Transformer, tokenizer: Tokenizer, groups: list, work: Work, unit: int) -> dict:
+    """Sample and score the answers of one group; a function of (seed, unit) alone."""
+    group, stop = groups[unit], tokenizer.special_tokens[TEMPLATES[settings.template].end]
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + unit)
+    replies = sample_replies(model, [one["ids"] for one in group], tokenizer, stop, settings.samples,
+                             settings.max_new_tokens, settings.temperature, generator)
+    rows = []
+    for conversation, samples in zip(group, replies):
+        scored = [{"text": sample["text"], "ended": sample["ended"],
+                   "score": quality(conversation, sample["text"], sample["ended"])} for sample in samples]
+        rows.append({name: value for name, value in conversation.items() if name != "ids"} | {"samples": scored})
+    write_documents(work.path("samples", unit, "jsonl"), rows)
+    return {"scores": sum(sample["score"] for row in rows for sample in row["samples"])}
+
+
+def finish(settings, out: Path, key: str, work: Work, groups: int):
+    """Write what the folder is for from all samples; made.json comes last."""
+    paths = [work.path("samples", unit, "jsonl") for unit in range(groups)]
+    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    (out / "best").mkdir(exist_ok=True)
+    counts = {}
+    for split in SPLITS:
+        pairs, best = [], []
+        for row in (row for row in rows if row["split"] == split):
+            conversation = {name: value for name, value in row.items() if name not in ("samples", "split")}
+            pair = preference(conversation, row["samples"], settings.margin, settings.chosen)
+            known = {name: value for name, value in conversation.items() if name != "messages"}
+            pairs += [pair | known] if pair else []
+            best += filter(None, [best_answer(conversation, row["samples"])])
+        write_documents(out / f"{split}.jsonl", pairs)
+        write_documents(out / "best" / f"{split}.jsonl", best)
+        counts |= {f"{split} pairs": len(pairs), f"{split} best answers": len(best)}
+        if not pairs or not best:
+            raise UserError(f"of the samples for {split} no two of one prompt lie --margin {settings.margin} "
+                            f"apart; pass a smaller one, more --samples, or more prompts")
+    asked = [{name: value for name, value in row.items() if name not in ("samples", "split")}
+             for row in rows if row["split"] == "val"]
+    write_documents(out / "questions.jsonl", asked)
+    write_documents(out / "samples.jsonl", rows)
+    scores = [sample["score"] for row in rows for sample in row["samples"]]
+    best = [max(sample["score"] for sample in row["samples"]) for row in rows]
+    counts |= {"samples": len(scores), "mean score": round(sum(scores) / len(scores), 4),
+               f"best of {settings.samples}": round(sum(best) / len(best), 4)}
+    with open_whole(out / "made.json", "w") as file:
+        json.dump({"key": key, "counts": counts}, file)
+    shutil.rmtree(out / "work")
+    print(f"{out}: " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))

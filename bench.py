@@ -4,6 +4,7 @@
     python bench.py --only training       # one of these, or:
     python bench.py --only decoding       # tokens a second of generate; three minutes
     python bench.py --only lora           # adapters beside peft's; peaks of full, LoRA and QLoRA training
+    python bench.py --only dpo            # a step on preferences beside TRL's, its memory; three minutes
     python bench.py --only dedup          # near-duplicates beside datasketch, repeated passages; a minute
     python bench.py --only scale          # near-duplicates among a million documents; some minutes
     python bench.py --only memory         # estimated and measured peaks of a training step; three minutes
@@ -18,9 +19,10 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import sysconfig
-from dataclasses import dataclass
+import tempfile
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,15 +31,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import dpo
 import train
+from bpe import Tokenizer
+from checkpoint import load_model, save_model
 from config import UserError, parse, require, run
-from checkpoint import load_model
 from dedup import curve_line, near_duplicates
 from generation import Packed
 from lora import add_lora, merge_lora, quantize_model, remove_lora
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
 from objectives import linear_cross_entropy, next_token_loss
 from parallel import Compute, Env, choose_precision, measure_peak, parallelize, setup
+from preferences import Pair
 from shingles import words_of
 from suffixes import duplicate_spans
 from survive import local_part
@@ -45,7 +50,7 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "dedup", "scale", "memory",
+    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "dpo", "dedup", "scale", "memory",
                   "gpu", "held"] = "all"  # training, loss, sharding and decoding
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
@@ -59,7 +64,7 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "lora": adapters, "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu,
+                "lora": adapters, "dpo": preferences, "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu,
                 "held": held_bytes}
     chosen = [training, loss, sharding, decoding] if settings.only == "all" else [measures[settings.only]]
     for measure in chosen:
@@ -380,6 +385,117 @@ def lora_memory():
                   f"{held['total'] / 2 ** 20:>6,.0f} MiB estimated{peak / 2 ** 20:>6,.0f} measured, ratio "
                   f"{held['total'] / peak:.2f}; weights {held['weights'] / 2 ** 20:,.1f}, gradients and "
                   f"moments {trained / 2 ** 20:,.1f}", flush=True)
+
+
+# ---- a step on preferences, beside TRL's ---------------------------------------------------------------------
+
+DPO_PAIRS = 32
+
+
+def preferences(rounds: int):
+    """Time and memory of a DPO step, beside TRL's trainer on the same pairs and sizes, fp32 and AdamW in both."""
+    for size in ("small", "wide"):
+        config = ModelConfig(**DPO_SIZES[size])
+        sides = {f"{who} {reference}": dpo_step(who, reference, size)
+                 for who in ("TRL", "ours") for reference in ("live", "stored")}
+        seconds = alternate(rounds, **sides)
+        print(f"a DPO step, {count_parameters(config):,} parameters, {DPO_PAIRS} pairs of {synthetic_lengths()}, "
+              f"fp32, {torch.get_num_threads()} threads")
+        for name, value in seconds.items():
+            peak = in_a_fresh_process(f"print(bench.dpo_peak(*{name.split()!r}, {size!r}))",
+                                      MALLOC_MMAP_THRESHOLD_="65536")
+            print(f"  {name:<14}{value * 1e3:>9.1f} ms{seconds[f'TRL {name.split()[1]}'] / value:>7.2f} x TRL's "
+                  f"speed, {peak / 2 ** 20:,.0f} MiB above the start", flush=True)
+
+
+DPO_SIZES = {"small": dict(vocab_size=4096, dim=128, n_layers=4, n_heads=4, ffn_dim=384, max_seq_len=256),
+             "wide": dict(vocab_size=16384, dim=256, n_layers=4, n_heads=8, ffn_dim=704, max_seq_len=256)}
+
+
+def synthetic_pairs(vocab_size: int) -> list[Pair]:
+    """Pairs with lengths as in the default ones: prompts of 20 to 140 tokens, answers of 4 to 100."""
+    rng = np.random.default_rng(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return rng.integers(vocab_size, size=rng.integers(low, high)).tolist()
+    sides = ((ids(20, 140), ids(4, 100), ids(4, 100)) for _ in range(DPO_PAIRS))
+    return [Pair(prompt, one, other, [True] * len(one), [True] * len(other)) for prompt, one, other in sides]
+
+
+def synthetic_lengths() -> str:
+    pairs = synthetic_pairs(100)
+    return f"{sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) / len(pairs):.0f} tokens"
+
+
+def dpo_step(who: str, reference: str, size: str):
+    """A function that makes one step; reference: "live" (a second model each time) or "stored"."""
+    config = ModelConfig(**DPO_SIZES[size])
+    pairs = synthetic_pairs(config.vocab_size)
+    if who == "TRL":
+        return dpo_peer_step(config, pairs, reference == "live")
+    torch.manual_seed(0)
+    settings = dpo.Settings(optimizer="adamw", batch_size=DPO_PAIRS,
+                            reference="model" if reference == "live" else "stored")
+    env, batch = Env(torch.device("cpu")), dpo.Pairs(pairs, DPO_PAIRS, 256).in_order(0)
+    model = Transformer(config).train()
+    second = Transformer(config).requires_grad_(False).eval() if reference == "live" else None
+    optimizer = train.make_optimizer(model, settings)
+    loss = functools.partial(dpo.preference_loss, settings=settings, reference=second)
+    return lambda: train.update(model, optimizer, [batch], loss, settings, env, 1e-4)
+
+
+def dpo_peer_step(config: ModelConfig, pairs: list, live: bool):
+    """TRL's trainer on its own batch (chosen sides, then rejected ones, padded), torch's clipping and AdamW."""
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = Tokenizer([], ["<|endoftext|>"])
+    save_model(Transformer(replace(config, vocab_size=tokenizer.vocab_size)), tokenizer, folder)
+    known = transformers.AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+    settings = DPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], max_length=None,
+                         gradient_checkpointing=False, disable_tqdm=True)
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    torch.manual_seed(0)
+    model = peer_model(config, "sdpa").train()
+    second = peer_model(config, "sdpa").requires_grad_(False).eval()
+    trainer = DPOTrainer(model, second, args=settings, train_dataset=rows, processing_class=known)
+    trainer.precompute_ref_logps = not live
+    batch = padded_pairs(pairs)
+    if not live:
+        batch |= {"ref_chosen_logps": torch.zeros(len(pairs)), "ref_rejected_logps": torch.zeros(len(pairs))}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        trainer.compute_loss(model, dict(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+def padded_pairs(pairs: list) -> dict[str, torch.Tensor]:
+    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    batch = {name: torch.zeros(len(rows), width, dtype=torch.long)
+             for name in ("input_ids", "attention_mask", "completion_mask")}
+    for row, (prompt, answer) in enumerate(rows):
+        whole = prompt + answer
+        batch["input_ids"][row, :len(whole)] = torch.tensor(whole)
+        batch["attention_mask"][row, :len(whole)] = 1
+        batch["completion_mask"][row, len(prompt):len(whole)] = 1
+    return batch
+
+
+def dpo_peak(who: str, reference: str, size: str) -> int:
+    """The most memory that two steps take above what stood before them: weights and moments not counted."""
+    step = dpo_step(who, reference, size)
+    step()
+    gc.collect()
+    before = resident_peak("VmRSS")
+    step()
+    return resident_peak() - before
 
 
 # ---- generation, beside transformers' ----------------------------------------------------------------------

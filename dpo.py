@@ -321,61 +321,6 @@ def stored_reference(model: Callable[[], Transformer], splits: dict[str, Pairs],
 # 5. Before and after
 
 
-def questions(settings) -> list[dict]:
-    """Held-out prompts with the author's answers, where the folder of pairs has them."""
-    path = Path(settings.data) / "questions.jsonl"
-    if not settings.questions or not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return sft.spread([json.loads(line) for line in lines], settings.questions)
-
-
-def measure(model: Transformer, tokenizer: Tokenizer, asked: Sequence[dict], settings) -> dict:
-    """What the model answers to the questions: {"greedy": (reply, ended) each, "sampled": replies each}."""
-    if not asked:
-        return {"greedy": [], "sampled": []}
-    greedy = sft.reply_to(asked, model, tokenizer, settings)
-    template, sampled = TEMPLATES[settings.template], []
-    ids = [sft.render(one["messages"][:-1], tokenizer, True, template)[0] for one in asked]
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(settings.seed)
-    starts = range(0, len(asked) if settings.samples_of_questions else 0, 32)
-    for start in tqdm(starts, desc="sample", unit="batch", leave=False, disable=None):
-        sampled += rejection.sample_replies(model, ids[start:start + 32], tokenizer,
-                                            tokenizer.special_tokens[template.end],
-                                            settings.samples_of_questions, settings.max_new_tokens,
-                                            generator=generator)
-    for one, prompt in zip(sampled, ids):
-        for reply in one:
-            reply["prompt"] = prompt
-    return {"greedy": greedy, "sampled": sampled}
-
-
-def qualities(asked: Sequence[dict], answers: dict) -> dict[str, list[float]]:
-    """{name: a figure for each question it has a meaning for}, 0 to 1, the same order for every model."""
-    found: dict[str, list[float]] = {}
-    for number, (question, (reply, ended)) in enumerate(zip(asked, answers["greedy"])):
-        task = question.get("task", "answer")
-        one = sft.score([question], [(reply, ended)])
-        for name, value in one.items():
-            found.setdefault(f"greedy: {sft.MEASURES[name]}", []).append(value)
-        if answers["sampled"]:
-            scores = [rejection.quality(question, sample["text"], sample["ended"])
-                      for sample in answers["sampled"][number]]
-            found.setdefault(f"sampled: quality of {task}", []).append(sum(scores) / len(scores))
-    return found
-
-
-def sign_test(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, float]:
-    """(how many are higher after, how many lower, two-sided p of so uneven a split by chance); ties are left out.
-
-    By hand: 5 higher and none lower, p = 2 / 2^5.
-    """
-    higher = sum(new > old for old, new in zip(before, after, strict=True))
-    lower = sum(new < old for old, new in zip(before, after, strict=True))
-    n, tail = higher + lower, range(min(higher, lower) + 1)
-    return higher, lower, min(1.0, 2 * sum(math.comb(n, i) for i in tail) / 2 ** n)
-
-
 @torch.no_grad()
 def divergence(policy_samples: Sequence[Sequence[dict]], reference: Transformer, device) -> tuple[float, float]:
     """(KL(policy | reference) in nats an answer, its standard error), from the policy's own samples: k1."""
@@ -406,14 +351,13 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings, env: Env)
     """Print the table of before and after and a few answers; write results.json and rewards.svg."""
     out = Path(settings.out)
     model, tokenizer = open_model(out, env.device)
-    after = measure(model, tokenizer, asked, settings)
+    after = rejection.measure(model, tokenizer, asked, settings)
     before["loss_nats_per_pair"] = before["loss"]
     rows = {label: (before[name], last[f"val_{name}"], "") for name, label in HELD_OUT.items()
             if f"val_{name}" in last}
-    old, new = qualities(asked, before), qualities(asked, after)
+    old, new = rejection.qualities(asked, before), rejection.qualities(asked, after)
     for name in old:
-        higher, lower, p = sign_test(old[name], new[name])
-        rows[name] = (np.mean(old[name]), np.mean(new[name]), f"{higher} better, {lower} worse, p {p:.2g}")
+        rows[name] = (np.mean(old[name]), np.mean(new[name]), rejection.in_words(old[name], new[name]))
     if after["sampled"]:
         reference, _ = open_model(settings.reference_model or settings.init_from, env.device)
         kl, error = divergence(after["sampled"], reference, env.device)
@@ -573,8 +517,8 @@ def prefer(settings: Settings, env: Env) -> None:
         model.to(env.device)
         reference = prepare_reference(settings, model, tokenizer, splits, env)
         loss_fn = functools.partial(preference_loss, settings=settings, reference=reference)
-        before, asked = evaluate(model, splits["val"], loss_fn, env), questions(settings)
-        env.first(lambda: before.update(measure(model, tokenizer, asked, settings)), patient=True)
+        before, asked = evaluate(model, splits["val"], loss_fn, env), rejection.questions(settings)
+        env.first(lambda: before.update(rejection.measure(model, tokenizer, asked, settings)), patient=True)
         last = train(model, splits["train"], loss_fn, settings, env, tokenizer, splits["val"],
                      identity(settings, splits) | {"base": base_of(model).get("sha256")})
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)

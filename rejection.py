@@ -1,6 +1,7 @@
 """Rejection sampling: ask a model several times, and let a rule that can be checked say which answers are best.
 
     python dpo.py --make_pairs --init_from runs/sft       # runs/pairs: pairs for DPO, and the best for SFT
+    python rejection.py --models runs/sft runs/dpo        # what models are worth by the same rule
 
 For each prompt k samples at temperature 1 are scored by `quality`. Best against worst, where they lie apart by
 a margin, makes a preference; the best alone makes a conversation for SFT (best-of-k; Touvron et al. 2023,
@@ -14,6 +15,7 @@ made.json. Killed, it goes on after the last whole batch of samples; several pro
 import contextlib
 import functools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,19 +23,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 import stdlib_chat
 from batches import SPLITS, file_checksum
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
 from checkpoint import read_json
-from config import UserError, open_whole, require
+from config import UserError, open_whole, parse, require, run
 from documents import write_documents
 from generation import Packed
 from lora import open_model
 from model import Transformer, generate
 from parallel import Env
-from sft import f1, spread
+from sft import MEASURES, f1, reply_to, score, spread
 from survive import alone
 from work import Work, fingerprint
 
@@ -265,3 +268,110 @@ def finish(settings, out: Path, key: str, work: Work, groups: int):
         json.dump({"key": key, "counts": counts}, file)
     shutil.rmtree(out / "work")
     print(f"{out}: " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. What a model is worth by the same rule
+
+
+def questions(settings) -> list[dict]:
+    """Held-out prompts with the author's answers, where the folder of pairs has them."""
+    path = Path(settings.data) / "questions.jsonl"
+    if not settings.questions or not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return spread([json.loads(line) for line in lines], settings.questions)
+
+
+def measure(model: Transformer, tokenizer: Tokenizer, asked: Sequence[dict], settings) -> dict:
+    """What the model answers to the questions: {"greedy": (reply, ended) each, "sampled": replies each}."""
+    if not asked:
+        return {"greedy": [], "sampled": []}
+    greedy = reply_to(asked, model, tokenizer, settings)
+    template, sampled = TEMPLATES[settings.template], []
+    ids = [render(one["messages"][:-1], tokenizer, True, template)[0] for one in asked]
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(settings.seed)
+    starts = range(0, len(asked) if settings.samples_of_questions else 0, 32)
+    for start in tqdm(starts, desc="sample", unit="batch", leave=False, disable=None):
+        sampled += sample_replies(model, ids[start:start + 32], tokenizer,
+                                            tokenizer.special_tokens[template.end],
+                                            settings.samples_of_questions, settings.max_new_tokens,
+                                            generator=generator)
+    for one, prompt in zip(sampled, ids):
+        for reply in one:
+            reply["prompt"] = prompt
+    return {"greedy": greedy, "sampled": sampled}
+
+
+def qualities(asked: Sequence[dict], answers: dict) -> dict[str, list[float]]:
+    """{name: a figure for each question it has a meaning for}, 0 to 1, the same order for every model."""
+    found: dict[str, list[float]] = {}
+    for number, (question, (reply, ended)) in enumerate(zip(asked, answers["greedy"])):
+        task = question.get("task", "answer")
+        one = score([question], [(reply, ended)])
+        for name, value in one.items():
+            found.setdefault(f"greedy: {MEASURES[name]}", []).append(value)
+        if answers["sampled"]:
+            scores = [quality(question, sample["text"], sample["ended"])
+                      for sample in answers["sampled"][number]]
+            found.setdefault(f"sampled: quality of {task}", []).append(sum(scores) / len(scores))
+    return found
+
+
+def sign_test(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, float]:
+    """(how many are higher after, how many lower, two-sided p of so uneven a split by chance); ties are left out.
+
+    By hand: 5 higher and none lower, p = 2 / 2^5.
+    """
+    higher = sum(new > old for old, new in zip(before, after, strict=True))
+    lower = sum(new < old for old, new in zip(before, after, strict=True))
+    n, tail = higher + lower, range(min(higher, lower) + 1)
+    return higher, lower, min(1.0, 2 * sum(math.comb(n, i) for i in tail) / 2 ** n)
+
+
+def in_words(before: Sequence[float], after: Sequence[float]) -> str:
+    higher, lower, p = sign_test(before, after)
+    return f"{higher} better, {lower} worse, p {p:.2g}"
+
+
+@dataclass
+class Settings:
+    models: tuple[str, ...] = ("runs/sft", "runs/dpo")  # model folders; each is compared with the first
+    data: str = "runs/pairs"  # folder of pairs, whose questions.jsonl is asked
+    questions: int = 200  # of these
+    samples_of_questions: int = 4  # answers at temperature 1 to each, beside the greedy one
+    max_new_tokens: int = 100  # of such an answer
+    repetition_penalty: float = 1.15  # of the greedy answers, as in sft.py
+    template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
+    seed: int = 0  # of the samples
+    json: str | None = None  # also write the figures of each question into this file
+
+    def __post_init__(self):
+        require(self, questions=(1, None), samples_of_questions=(0, None), max_new_tokens=(1, None),
+                repetition_penalty=(1, 1000), seed=(0, 2 ** 63 - 1))
+
+
+def main():
+    """python rejection.py --models A B C: their answers to held-out questions, side by side."""
+    settings = parse(Settings)
+    asked, found = questions(settings), {}
+    if not asked:
+        raise UserError(f"there is no {settings.data}/questions.jsonl; make it with: python dpo.py --make_pairs")
+    for folder in settings.models:
+        model, tokenizer = open_model(folder)
+        if tokenizer is None:
+            raise UserError(f"{folder} has no tokenizer.json that can be read")
+        found[folder] = qualities(asked, measure(model, tokenizer, asked, settings))
+    first = found[settings.models[0]]
+    for name in first:
+        print(name)
+        for folder, figures in found.items():
+            note = "" if figures is first else in_words(first[name], figures[name])
+            print(f"  {folder:<40}{sum(figures[name]) / len(figures[name]):>8.4f}  {note}".rstrip())
+    if settings.json:
+        with open_whole(settings.json, "w") as file:
+            json.dump(found, file)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -399,7 +399,7 @@ def alone(folder: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # not: a disk that knows no locks
-                raise UserError(f"another process is training in {folder}; wait for its end, or choose "
+                raise UserError(f"another process is at work in {folder}; wait for its end, or choose "
                                 f"another --out") from None
         yield
 

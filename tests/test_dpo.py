@@ -23,7 +23,7 @@ from bpe import Tokenizer
 from chat import CHATML, with_chat_tokens
 from checkpoint import load_model, save_model
 from config import UserError
-from dpo import KINDS, Pairs, dpo_loss, preference_loss, sequence_logps, sign_test
+from dpo import KINDS, Pairs, dpo_loss, preference_loss, sequence_logps
 from lora import add_lora
 from objectives import token_logps
 from parallel import Env
@@ -431,17 +431,6 @@ def test_the_likelihood_of_the_chosen_answer_can_be_kept_up(tmp_path):
                        for weight in (0.0, 0.2))
     logps, lengths = dpo.pair_logps(model, *batch[:4])
     assert (weighted - plain).item() == pytest.approx(-0.2 * (logps[:, 0] / lengths[:, 0]).sum().item(), rel=1e-4)
-
-
-def test_the_sign_test_by_hand_and_by_scipys_formula():
-    assert sign_test([0, 0, 0, 0, 0, 5], [1, 1, 1, 1, 1, 5]) == (5, 0, 2 / 32)
-    assert sign_test([1, 1, 0], [1, 0, 1]) == (1, 1, 1.0)
-    assert sign_test([], []) == (0, 0, 1.0)
-    scipy = pytest.importorskip("scipy.stats")
-    for higher, lower in ((12, 3), (3, 12), (30, 29)):
-        before, after = [0] * higher + [1] * lower, [1] * higher + [0] * lower
-        expected = scipy.binomtest(higher, higher + lower).pvalue
-        assert sign_test(before, after)[2] == pytest.approx(expected)
 
 
 def test_the_divergence_from_itself_is_zero_and_from_another_what_the_log_probabilities_say():

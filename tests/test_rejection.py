@@ -19,8 +19,8 @@ from checkpoint import save_model
 from config import UserError
 from dpo import sequence_logps
 from parallel import Env
-from rejection import best_answer, make_pairs, preference, quality, sample_replies
-from support import random_model, seeded
+from rejection import best_answer, make_pairs, preference, quality, sample_replies, sign_test
+from support import in_process, random_model, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
@@ -233,3 +233,37 @@ def test_a_model_without_a_tokenizer_is_refused(place, tmp_path):
     save_model(model_for(), None, tmp_path / "bare")
     with pytest.raises(UserError, match="has no tokenizer.json"):
         make_pairs(settings_for(place), tmp_path / "bare", tmp_path / "pairs", CPU)
+
+
+# ---- what models are worth ---------------------------------------------------------------------------------
+
+
+def test_the_sign_test_by_hand_and_by_scipys_formula():
+    assert sign_test([0, 0, 0, 0, 0, 5], [1, 1, 1, 1, 1, 5]) == (5, 0, 2 / 32)
+    assert sign_test([1, 1, 0], [1, 0, 1]) == (1, 1, 1.0)
+    assert sign_test([], []) == (0, 0, 1.0)
+    scipy = pytest.importorskip("scipy.stats")
+    for higher, lower in ((12, 3), (3, 12), (30, 29)):
+        before, after = [0] * higher + [1] * lower, [1] * higher + [0] * lower
+        expected = scipy.binomtest(higher, higher + lower).pvalue
+        assert sign_test(before, after)[2] == pytest.approx(expected)
+
+
+def test_models_are_compared_question_by_question_and_with_the_first(made, place, tmp_path, monkeypatch, capsys):
+    save_model(random_model(vocab_size=TOKENIZER.vocab_size, max_seq_len=128, qk_norm=True), TOKENIZER,
+               tmp_path / "other")
+    words = ["--models", place / "model", tmp_path / "other", place / "model", "--data", made, "--json",
+             tmp_path / "figures.json", "--max_new_tokens", "10"]
+    code, out, err = in_process(monkeypatch, capsys, rejection.main, *words)
+    assert code == 0, err
+    assert out.count("0 better, 0 worse, p 1") >= 5, "the third is the first"
+    figures = json.loads((tmp_path / "figures.json").read_text("utf-8"))
+    assert figures.keys() == {str(place / "model"), str(tmp_path / "other")}
+    for values in figures[str(place / "model")].values():
+        assert all(0 <= value <= 1 for value in values)
+    assert len(figures[str(place / "model")]["greedy: replies that end by themselves"]) == 5
+
+
+def test_without_questions_the_command_that_makes_them_is_named(place, tmp_path, monkeypatch, capsys):
+    code, _, err = in_process(monkeypatch, capsys, rejection.main, "--models", place / "model", "--data", tmp_path)
+    assert code == 2 and "make it with: python dpo.py --make_pairs" in err

@@ -708,7 +708,7 @@ def test_two_commands_at_once_do_not_train_in_one_folder(monkeypatch, capsys, fi
     with survive.alone(out):
         code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4",
                                   "--overwrite")
-    assert code == 2 and "another process is training in" in errors and digest(out) == digest(finished[1])
+    assert code == 2 and "another process is at work in" in errors and digest(out) == digest(finished[1])
     code, errors = in_process(monkeypatch, capsys, shards, out, *SMALL, "--save_every", "4")
     assert code == 0, f"the folder is free again: {errors}"
 

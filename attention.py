@@ -356,6 +356,11 @@ class KVCache:
         """How many tokens it has been given."""
         return self.layers[0].length
 
+    def select(self, rows: Tensor):
+        """Go on with these rows, in this order; a row may be taken several times."""
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[rows], layer.v[rows]
+
     def truncate(self, length: int):
         """Forget all but the first `length` tokens."""
         assert 0 <= length <= self.length, f"a cache of {self.length} tokens cannot be cut to {length}"

@@ -153,9 +153,10 @@ def generate_stream(model: "Transformer", ids: Tensor | Sequence[Sequence[int]],
     check_speculation(model.config, prompts, max_new_tokens, speculate, draft)
     logps_of = functools.partial(next_token_logps, temperature=temperature, top_k=top_k, top_p=top_p,
                                  min_p=min_p, repetition_penalty=repetition_penalty)
-    forward = Forward(model, prompts, max_new_tokens)
+    different = list({tuple(prompt.tolist()): prompt for prompt in prompts}.values())
+    forward = Forward(model, different, max_new_tokens)
     if speculate == 0:
-        yield from one_by_one(forward, prompts, max_new_tokens, logps_of, generator)
+        yield from one_by_one(forward, prompts, different, max_new_tokens, logps_of, generator)
         return
     propose = functools.partial(guess_again, model.config.vocab_size, {})
     if draft is not None:
@@ -163,17 +164,26 @@ def generate_stream(model: "Transformer", ids: Tensor | Sequence[Sequence[int]],
     yield from by_guesses(forward, propose, prompts[0], max_new_tokens, speculate, logps_of, generator)
 
 
-def one_by_one(forward: "Forward", prompts: list[Tensor], max_new_tokens: int, logps_of: Callable,
-               generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """generate_stream without guesses. logps_of: next_token_logps with its settings."""
-    B, T = len(prompts), max(map(len, prompts))
+def one_by_one(forward: "Forward", prompts: list[Tensor], different: list[Tensor], max_new_tokens: int,
+               logps_of: Callable, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """generate_stream without guesses. logps_of: next_token_logps with its settings.
+
+    different: the prompts, each once. Where several samples of one are asked for, it is read once, and what has
+    been read of it is copied.
+    """
+    B, T = len(different), max(map(len, different))
     ids = prompts[0].new_zeros(B, T)
     real = torch.ones(B, T + max_new_tokens, dtype=torch.bool, device=ids.device)
-    for row, prompt in enumerate(prompts):  # padded on the left: every row's next token is the last column
+    for row, prompt in enumerate(different):  # padded on the left: every row's next token is the last column
         ids[row, T - len(prompt):], real[row, :T - len(prompt)] = prompt, False
     padded, seen = not real.all(), None
     for end in range(T, T + max_new_tokens):
         logits = forward(ids, real[:, :end] if padded else None)[:, -1]  # (B, V)
+        if len(logits) < len(prompts):
+            numbers = {tuple(prompt.tolist()): row for row, prompt in enumerate(different)}
+            rows = torch.tensor([numbers[tuple(prompt.tolist())] for prompt in prompts], device=ids.device)
+            logits, real = logits[rows], real[rows]
+            forward.cache.select(rows)
         if logps_of.keywords["repetition_penalty"] != 1:
             seen = seen.scatter(1, ids, True) if seen is not None else seen_tokens(prompts, logits)
         logps = logps_of(logits, seen=seen)

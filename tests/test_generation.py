@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import (MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
                           TopKLogitsWarper, TopPLogitsWarper)
 
+import generation
 from config import UserError
 from generation import Packed, draw, generate, generate_stream, guess_again, next_token_logps, verify
 from support import CLOSE, VARIANTS, random_ids, random_model, randn, seeded
@@ -121,6 +122,25 @@ def test_unequal_prompts_in_a_batch_equal_the_single_ones():
         for single in ([prompt], torch.tensor([prompt])):
             alone = generate(model, single, 12, temperature=0)
             assert torch.equal(together.ids[row], alone.ids[0]), f"prompt {row}"
+
+
+@pytest.mark.parametrize("changes", [{}, dict(sliding_window=6)])
+def test_a_prompt_that_is_asked_several_times_is_read_once_and_drawn_from_as_often(changes, monkeypatch):
+    model, one, other = random_model(**changes), [1, 2, 3, 4, 5], [7, 8]
+    asked = [one, other, one, one, other]
+    shapes, forward = [], generation.Forward.__call__
+
+    def watched(self, ids, *args, **options):
+        shapes.append(tuple(ids.shape))
+        return forward(self, ids, *args, **options)
+    monkeypatch.setattr(generation.Forward, "__call__", watched)
+    greedy = generate(model, asked, 9, temperature=0, repetition_penalty=1.2)
+    assert shapes[:2] == [(2, 5), (5, 1)]
+    for row, prompt in enumerate(asked):
+        alone = generate(model, [prompt], 9, temperature=0, repetition_penalty=1.2)
+        assert torch.equal(greedy.ids[row], alone.ids[0]), f"prompt {row}"
+    drawn = generate(model, asked, 9, generator=seeded(0))
+    assert len({tuple(ids) for ids in drawn.ids[[0, 2, 3]].tolist()}) == 3, "samples of one prompt are independent"
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Rejection sampling: ask a model several times, and let a rule that can be checked say which answers are best.
+"""Rejection sampling: ask a model several times; a rule that can be checked says which answers are best.
 
     python dpo.py --make_pairs --init_from runs/sft       # runs/pairs: pairs for DPO, and the best for SFT
     python rejection.py --models runs/sft runs/dpo        # what models are worth by the same rule
 
-For each prompt k samples at temperature 1 are scored by `quality`. Best against worst, where they lie apart by
-a margin, makes a preference; the best alone makes a conversation for SFT (best-of-k; Touvron et al. 2023,
+For each prompt k samples at temperature 1 are scored by `quality`. Best against worst, where they lie apart
+by a margin, makes a preference; the best alone makes a conversation for SFT (best-of-k; Touvron et al. 2023,
 https://arxiv.org/abs/2307.09288, section 3.2.3; Llama Team 2024, https://arxiv.org/abs/2407.21783, section
 4.2.2). No person and no reward model has a say: what the rule does not see, it does not teach.
 
@@ -47,9 +47,9 @@ from work import Work, fingerprint
 def quality(conversation: dict, reply: str, ended: bool) -> float:
     """How good a reply is, from 0 to 1, by what a program can check; conversation: with the author's answer.
 
-    Of the task "write" (a function's body) the mean of three: it compiles, it ends by itself, and the share of
-    the function's arguments that it uses. Of all else the F1 of words with the author's answer, and 0 for an
-    answer that does not end.
+    Of the task "write" (a function's body) the mean of three: it compiles, it ends by itself, and the share
+    of the function's arguments that it uses. Of all else the F1 of words with the author's answer, and 0 for
+    an answer that does not end.
     """
     if conversation.get("task") == "write":
         used = stdlib_chat.used_arguments(conversation["code"], reply)  # None: it does not compile
@@ -57,8 +57,9 @@ def quality(conversation: dict, reply: str, ended: bool) -> float:
     return f1(reply, conversation["messages"][-1]["content"]) if ended else 0.0
 
 
-def preference(conversation: dict, samples: Sequence[dict], margin: float, chosen: str = "best") -> dict | None:
-    """The pair that samples of one prompt make: best against worst. None if they lie less than `margin` apart.
+def preference(conversation: dict, samples: Sequence[dict], margin: float,
+               chosen: str = "best") -> dict | None:
+    """The pair that samples of one prompt make: best against worst. None if less than `margin` apart.
 
     samples: {"text", "ended", "score"} each. Of equal scores the first counts. chosen: "author" takes the
     conversation's own answer (score 1) in the best sample's place.
@@ -92,8 +93,8 @@ def sample_replies(model: Transformer, prompts: Sequence[list[int]], tokenizer: 
                    generator: torch.Generator | None = None) -> list[list[dict]]:
     """{"text", "ended", "logp", "ids"} of `samples` replies to each prompt, drawn together.
 
-    logp: of the reply's ids, its end token included, summed, in nats, at this temperature. prompts: each leaves the model room for
-    at least a token; replies are no longer than the longest prompt leaves room for.
+    logp: of the reply's ids, its end token included, summed, in nats, at this temperature. prompts: each
+    leaves the model room for at least a token; replies are no longer than the longest prompt leaves room for.
     """
     room = min(max_new_tokens, model.config.max_seq_len - max(map(len, prompts)))
     rows = [prompt for prompt in prompts for _ in range(samples)]
@@ -140,12 +141,13 @@ def make_pairs(settings, init_from: str | Path, out: str | Path, env: Env, overw
             return
         model, tokenizer = open_model(init_from, env.device)
         if tokenizer is None:
-            raise UserError(f"{init_from} has no tokenizer.json that can be read, and prompts cannot be written "
-                            f"without it")
+            raise UserError(f"{init_from} has no tokenizer.json that can be read, and prompts cannot be "
+                            f"written without it")
         groups = grouped(settings, model, tokenizer)
         work = Work(out / "work", key, env.rank, env.world_size)
+        answer = functools.partial(draw, settings, model, tokenizer, groups, work)
         with Packed(model.eval()):
-            work.each("samples", len(groups), functools.partial(draw, settings, model, tokenizer, groups, work))
+            work.each("samples", len(groups), answer)
         env.first(lambda: finish(settings, out, key, work, len(groups)), patient=True)
 
 
@@ -166,8 +168,8 @@ def prompt_files(settings) -> dict[str, Path]:
     files = {split: Path(settings.prompts_data) / f"{split}.jsonl" for split in SPLITS}
     for path in files.values():
         if not path.is_file():
-            raise UserError(f"there is no {path}; --prompts_data is a folder of conversations with train.jsonl "
-                            f"and val.jsonl (the default one: python sft.py --make_data)")
+            raise UserError(f"there is no {path}; --prompts_data is a folder of conversations with "
+                            f"train.jsonl and val.jsonl (the default one: python sft.py --make_data)")
     return files
 
 
@@ -183,8 +185,8 @@ def begun(out: Path, key: str, overwrite: bool):
             clear(out)
         known = read_json(out / "made.json", {}) or read_json(out / "work" / "key.json", {"key": key})
         if known.get("key") != key:
-            raise UserError(f"{out} holds pairs of another model or of other settings; pass --overwrite to make "
-                            f"them anew, or choose another place")
+            raise UserError(f"{out} holds pairs of another model or of other settings; pass --overwrite to "
+                            f"make them anew, or choose another place")
         if not (out / "made.json").exists():
             (out / "work").mkdir(exist_ok=True)
             with open_whole(out / "work" / "key.json", "w") as file:
@@ -213,8 +215,9 @@ def grouped(settings, model: Transformer, tokenizer: Tokenizer) -> list[list[dic
             if len(ids) + settings.max_new_tokens <= model.config.max_seq_len:
                 chosen.append({**one, "split": split, "ids": ids})
     if not chosen:
-        raise UserError(f"no prompt of {settings.prompts_data} leaves {settings.max_new_tokens} of the model's "
-                        f"{model.config.max_seq_len} tokens to an answer; pass fewer --max_new_tokens")
+        raise UserError(f"no prompt of {settings.prompts_data} leaves {settings.max_new_tokens} of the "
+                        f"model's {model.config.max_seq_len} tokens to an answer; pass fewer "
+                        f"--max_new_tokens")
     chosen.sort(key=lambda one: len(one["ids"]))
     size = settings.prompts_at_once
     return [chosen[i:i + size] for i in range(0, len(chosen), size)]
@@ -231,7 +234,8 @@ def draw(settings, model: Transformer, tokenizer: Tokenizer, groups: list, work:
     for conversation, samples in zip(group, replies):
         scored = [{"text": sample["text"], "ended": sample["ended"],
                    "score": quality(conversation, sample["text"], sample["ended"])} for sample in samples]
-        rows.append({name: value for name, value in conversation.items() if name != "ids"} | {"samples": scored})
+        known = {name: value for name, value in conversation.items() if name != "ids"}
+        rows.append(known | {"samples": scored})
     write_documents(work.path("samples", unit, "jsonl"), rows)
     return {"scores": sum(sample["score"] for row in rows for sample in row["samples"])}
 
@@ -294,9 +298,8 @@ def measure(model: Transformer, tokenizer: Tokenizer, asked: Sequence[dict], set
     starts = range(0, len(asked) if settings.samples_of_questions else 0, 32)
     for start in tqdm(starts, desc="sample", unit="batch", leave=False, disable=None):
         sampled += sample_replies(model, ids[start:start + 32], tokenizer,
-                                            tokenizer.special_tokens[template.end],
-                                            settings.samples_of_questions, settings.max_new_tokens,
-                                            generator=generator)
+                                  tokenizer.special_tokens[template.end], settings.samples_of_questions,
+                                  settings.max_new_tokens, generator=generator)
     for one, prompt in zip(sampled, ids):
         for reply in one:
             reply["prompt"] = prompt
@@ -319,9 +322,9 @@ def qualities(asked: Sequence[dict], answers: dict) -> dict[str, list[float]]:
 
 
 def sign_test(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, float]:
-    """(how many are higher after, how many lower, two-sided p of so uneven a split by chance); ties are left out.
+    """(how many are higher after, how many lower, two-sided p of so uneven a split by chance).
 
-    By hand: 5 higher and none lower, p = 2 / 2^5.
+    Ties are left out. By hand: 5 higher and none lower, p = 2 / 2^5.
     """
     higher = sum(new > old for old, new in zip(before, after, strict=True))
     lower = sum(new < old for old, new in zip(before, after, strict=True))
@@ -356,7 +359,8 @@ def main():
     settings = parse(Settings)
     asked, found = questions(settings), {}
     if not asked:
-        raise UserError(f"there is no {settings.data}/questions.jsonl; make it with: python dpo.py --make_pairs")
+        raise UserError(f"there is no {settings.data}/questions.jsonl; make it with: python dpo.py "
+                        f"--make_pairs")
     for folder in settings.models:
         model, tokenizer = open_model(folder)
         if tokenizer is None:

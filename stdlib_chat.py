@@ -87,9 +87,9 @@ def assemble(code: str, answer: str) -> str:
 
 
 def used_arguments(code: str, answer: str) -> float | None:
-    """Which share of the function's arguments the answer reads, 1 if it has none; None if it does not compile.
+    """The share of the function's arguments that the answer reads; None if it does not compile.
 
-    self and cls are arguments like any other. Nothing is run.
+    1 if there are none. self and cls are arguments like any other. Nothing is run.
     """
     tree = compiled(assemble(code, answer), ast.PyCF_ONLY_AST) if answer.strip() else None
     if tree is None or not compiles(assemble(code, answer)):

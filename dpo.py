@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -37,14 +38,14 @@ from bpe import Tokenizer
 from chat import TEMPLATES
 from checkpoint import read_header, read_tensors, write_tensors
 from config import UserError, open_whole, parse, require, run, show
-from lora import Adapter, add_adapter, adapter_off, base_of, load_base, open_model
+from lora import CONFIG, Adapter, add_adapter, adapter_off, base_of, load_base, open_model
 from model import Transformer
 from objectives import token_logps
 from parallel import Compute, Env, inside, parallelize
 from plot import line_chart
 from preferences import Pair, encode_pairs, read_preferences
 from rejection import Sampling, make_pairs
-from survive import open_run_folder
+from survive import alone, open_run_folder
 from train import Loop, evaluate, guarded, micro_batch, train
 from work import fingerprint
 
@@ -55,6 +56,8 @@ KINDS = ("sigmoid", "hinge", "ipo", "ipo_norm", "robust", "sigmoid_norm", "exo_p
          "sppo_hard", "apo_zero", "apo_down", "dpop", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
 PER_TOKEN = ("ipo_norm", "sigmoid_norm", "simpo", "orpo")  # these divide an answer's sum by its length
+WITH_SMOOTHING = ("sigmoid", "sigmoid_norm", "robust", "exo_pair")
+WITH_GAMMA = ("simpo", "dpop")
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor | None = None,
@@ -66,8 +69,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
 
     policy_…, reference_…: log-probabilities of whole answers in nats, summed over their tokens, (B,). Of the
     kinds WITHOUT_REFERENCE the reward is beta log pi. lengths: tokens of the answers, for those PER_TOKEN.
-    label_smoothing: the share of pairs that are taken to be labelled the wrong way round. gamma: of simpo the
-    margin (default 0.5), of dpop lambda (default 50, as in the paper).
+    label_smoothing: the share of pairs that are taken to be labelled the wrong way round, for the kinds
+    WITH_SMOOTHING. gamma: of simpo the margin (default 0.5), of dpop lambda (default 50, as in the paper).
 
     All are functions of h = log-ratio of the chosen - log-ratio of the rejected, or of both ratios. By hand:
     at the start, where the policy is the reference, h = 0 and the sigmoid's loss is ln 2. As TRL's, but for
@@ -75,7 +78,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
     """
     if kind not in KINDS:
         raise UserError(f"--kind {kind} is not one of {', '.join(KINDS)}")
-    if beta <= 0:
+    if not beta > 0:  # nan too
         raise UserError(f"--beta {beta} is out of range; it must be above 0")
     if kind in WITHOUT_REFERENCE:
         reference_chosen = reference_rejected = torch.zeros_like(policy_chosen)
@@ -249,7 +252,7 @@ def preference_loss(model: Transformer, batch: tuple[Tensor, ...], settings,
                                 rejected_lengths=lengths[:, 1].clamp(min=1), gamma=settings.gamma)
     if settings.nll_weight:
         losses = losses - settings.nll_weight * policy[:, 0] / lengths[:, 0].clamp(min=1)
-    known = None if settings.reference == "none" else stored
+    known = None if settings.reference is None else stored
     return losses.sum(), torch.tensor(len(stored)), figures(policy.detach(), known, lengths, *rewards)
 
 
@@ -311,19 +314,39 @@ def stored_reference(model: Callable[[], Transformer], splits: dict[str, Pairs],
     other pairs, or to other weights.
     """
     if env.any(path.exists(), patient=True):
-        known = read_header(path)[1]
-        for what, wanted in identity.items():
-            if known.get(what) != wanted:
-                raise UserError(f"{path} holds the reference's log-probabilities with other {what} than "
-                                f"these; delete it, and the same command makes them anew")
-        values = read_tensors(path)
+        values = read_reference(path, splits, identity)
     else:
         reference = model()
         values = {split: reference_logps(reference, batches, env) for split, batches in splits.items()}
-        env.first(lambda: write_tensors(path, values, identity), patient=True)
+        env.first(lambda: write_reference(path, values, identity), patient=True)
         env.say(f"the reference's log-probabilities: {path}")
     for split, batches in splits.items():
         batches.reference = values[split]
+
+
+def read_reference(path: Path, splits: dict[str, Pairs], identity: dict) -> dict[str, Tensor]:
+    anew = "delete it, and the same command makes them anew"
+    try:
+        known, values = read_header(path)[1], read_tensors(path)
+    except UserError as error:
+        raise UserError(f"{error}: the reference's log-probabilities; {anew}") from None
+    for what, wanted in identity.items():
+        if not isinstance(known, dict) or known.get(what) != wanted:
+            raise UserError(f"{path} holds the reference's log-probabilities with other {what} than these; "
+                            f"{anew}")
+    for split, batches in splits.items():
+        found = values.get(split, torch.empty(0))
+        if found.shape != batches.reference.shape or found.dtype != torch.float32 \
+                or not found.isfinite().all():
+            raise UserError(f"{path} is damaged: no two log-probabilities for each pair of {split}; {anew}")
+    return values
+
+
+def write_reference(path: Path, values: dict[str, Tensor], identity: dict):
+    """Write it whole, even where several runs on the same pairs begin at once: each by a name of its own."""
+    own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write_tensors(own, values, identity)
+    os.replace(own, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -365,13 +388,13 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings, env: Env)
     after = rejection.measure(model, tokenizer, asked, settings)
     before["loss_nats_per_pair"] = before["loss"]
     rows = {label: (before[name], last[f"val_{name}"], "") for name, label in HELD_OUT.items()
-            if f"val_{name}" in last}
+            if None not in (before.get(name), last.get(f"val_{name}"))}
     old, new = rejection.qualities(asked, before), rejection.qualities(asked, after)
     for name in old:
         rows[name] = (np.mean(old[name]), np.mean(new[name]), rejection.in_words(old[name], new[name]))
     if after["sampled"]:
-        reference, _ = open_model(settings.reference_model or settings.init_from, env.device)
-        kl, error = divergence(after["sampled"], reference, env.device)
+        start, _ = open_model(settings.init_from, env.device)
+        kl, error = divergence(after["sampled"], start, env.device)
         rows["KL from the start, nats an answer"] = (0.0, kl, f"+- {error:.2f}")
     print(f"{'held out':<48}{'before':>10}{'after':>10}")
     for label, (one, other, note) in rows.items():
@@ -386,8 +409,8 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings, env: Env)
     with open_whole(out / "results.json", "w") as file:
         json.dump(results, file, indent=1)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    curves = {label: [(line["step"], line[name]) for line in lines] for name, label in
-              {"margin": "margin", "chosen_reward": "chosen", "rejected_reward": "rejected"}.items()}
+    curves = {label: [(line["step"], line[name]) for line in lines if line[name] is not None] for name, label
+              in {"margin": "margin", "chosen_reward": "chosen", "rejected_reward": "rejected"}.items()}
     with open_whole(out / "rewards.svg", "w") as file:
         file.write(line_chart("Rewards in training: what is learnt is their difference", "step",
                               "nats x beta", curves))
@@ -420,7 +443,8 @@ class Settings(Loop, Adapter, Sampling):
     gamma: float | None = None  # simpo: the margin, 0.5; dpop: lambda, 50
     nll_weight: float = 0.0  # of the chosen answer's negative log-likelihood a token, beside the loss
     reference: Literal["stored", "adapter", "model"] | None = None  # computed once and stored beside the
-        # data; the model without its adapter; a second model. none: as fits (adapter, where there is one)
+        # data; the model without its adapter; a second model. none: as fits (adapter, where there is one;
+        # simpo and orpo have no reference)
     reference_model: str | None = None  # its folder; none: init_from
 
     epochs: float = 1.0  # how often each pair is seen
@@ -445,6 +469,25 @@ class Settings(Loop, Adapter, Sampling):
         self.check_sampling()
         self.check_loop()
         self.check_adapter()
+        self.check_loss()
+        self.check_reference()
+        if self.rounds:
+            self.check_rounds()
+
+    def check_loss(self):
+        """Raise UserError where something is asked for that would do nothing."""
+        if self.label_smoothing and self.kind not in WITH_SMOOTHING:
+            raise UserError(f"--label_smoothing {self.label_smoothing} is for --kind "
+                            f"{', '.join(WITH_SMOOTHING)}, not for {self.kind}; leave it out")
+        if self.gamma is not None and self.kind not in WITH_GAMMA:
+            raise UserError(f"--gamma {self.gamma} is for --kind {', '.join(WITH_GAMMA)}, not for "
+                            f"{self.kind}; leave it out")
+        if self.nll_weight and self.kind == "orpo":
+            raise UserError(f"--nll_weight {self.nll_weight}: --kind orpo has the chosen answer's likelihood "
+                            f"in itself; leave it out")
+
+    def check_reference(self):
+        """Choose where the reference comes from, if that is not said; UserError where it cannot."""
         if self.reference == "adapter" and not self.lora_rank:
             raise UserError("--reference adapter is the model without its adapter, and there is none; pass "
                             "--lora_rank 8, or --reference stored")
@@ -452,10 +495,21 @@ class Settings(Loop, Adapter, Sampling):
             raise UserError(f"--reference adapter is the model itself, not --reference_model "
                             f"{self.reference_model}; leave one of them out")
         needless = self.kind in WITHOUT_REFERENCE
-        if needless and (self.reference not in (None, "none") or self.reference_model):
-            raise UserError(f"--kind {self.kind} has no reference; leave --reference out")
+        if needless and (self.reference or self.reference_model):
+            name = "reference" if self.reference else "reference_model"
+            raise UserError(f"--kind {self.kind} has no reference; leave --{name} out")
         own = "adapter" if self.lora_rank and not self.reference_model else "stored"
-        self.reference = "none" if needless else self.reference or own
+        self.reference = None if needless else self.reference or own
+
+    def check_rounds(self):
+        """Raise UserError where rounds go together with what would do nothing in them, or stop them."""
+        if self.make_pairs:
+            raise UserError(f"--rounds {self.rounds} makes its pairs itself; leave --make_pairs out")
+        if self.data != type(self).data:
+            raise UserError(f"--rounds {self.rounds} makes pairs for each round, and would not look at "
+                            f"--data {self.data}; leave one of them out")
+        if not self.lora_merge:
+            raise UserError("--no-lora_merge: a round begins at the merged model of the last; leave it out")
 
 
 def main():
@@ -470,29 +524,48 @@ def in_rounds(settings: Settings, env: Env):
     on.
     """
     require_model(settings)
+    require_weights(settings)
     prepare_prompts(settings, env)
-    model = settings.init_from
-    compute = {field.name: getattr(settings, field.name) for field in fields(Compute)}
-    for number in range(1, settings.rounds + 1):
-        place = Path(settings.out) / f"round_{number}"
-        env.say(f"round {number} of {settings.rounds}, from {model}: {place}")
-        this = replace(settings, rounds=0, seed=settings.seed + number - 1, data=str(place / "pairs"),
-                       init_from=str(place / "sft"), out=str(place / "dpo"))
-        make_pairs(this, model, place / "pairs", env, settings.overwrite)
-        adapter = {field.name: getattr(settings, field.name) for field in fields(Adapter)}
-        rates = {"lr": settings.lora_lr} | adapter if settings.lora_rank else {"lr": settings.sft_lr}
-        sft.fine_tune(sft.Settings(
-            init_from=str(model), data=str(place / "pairs" / "best"), out=str(place / "sft"), seed=this.seed,
-            template=settings.template, seq_len=settings.seq_len, adam_lr=settings.sft_adam_lr, epochs=1.0,
-            questions=0, overwrite=settings.overwrite, **rates, **compute), env)
-        prefer(this, env)
-        model = this.out
+    model, out = settings.init_from, Path(settings.out)
+    with contextlib.ExitStack() as stack:
+        out.mkdir(parents=True, exist_ok=True)
+        env.first(lambda: stack.enter_context(alone(out)))  # all the while, not only while a part is at work
+        for number in range(1, settings.rounds + 1):
+            place = out / f"round_{number}"
+            env.say(f"round {number} of {settings.rounds}, from {model}: {place}")
+            this = replace(settings, rounds=0, seed=(settings.seed + number - 1) % 2 ** 63,
+                           data=str(place / "pairs"), init_from=str(place / "sft"), out=str(place / "dpo"))
+            make_pairs(this, model, place / "pairs", env, settings.overwrite)
+            sft.fine_tune(settings_of_sft(this, str(model), place), env)
+            prefer(this, env)
+            model = this.out
+
+
+def settings_of_sft(settings: Settings, model: str, place: Path) -> sft.Settings:
+    """Of the SFT on the best answers in a round's place, beginning at the model."""
+    inherited = fields(Compute) + (fields(Adapter) if settings.lora_rank else ())
+    rates = {} if settings.lora_rank else {"lr": settings.sft_lr}
+    return sft.Settings(
+        init_from=model, data=str(place / "pairs" / "best"), out=str(place / "sft"), seed=settings.seed,
+        template=settings.template, seq_len=settings.seq_len, adam_lr=settings.sft_adam_lr, epochs=1.0,
+        questions=0, overwrite=settings.overwrite, **rates,
+        **{field.name: getattr(settings, field.name) for field in inherited})
 
 
 def make_only(settings: Settings, env: Env):
+    """The folder of pairs of --data, from the model to begin with."""
     require_model(settings)
     prepare_prompts(settings, env)
-    make_pairs(settings, settings.init_from, settings.data, env, settings.overwrite)
+    make_pairs(settings, settings.init_from, settings.data, env, settings.overwrite and settings.make_pairs)
+
+
+def require_weights(settings: Settings):
+    """Raise UserError where the model to train is an adapter alone, whose base lies elsewhere."""
+    whole = Path(settings.init_from)
+    adapter = next((place for place in (whole, whole / "adapter") if (place / CONFIG).is_file()), None)
+    if adapter and not list(whole.glob("model*.safetensors")):
+        raise UserError(f"{whole} holds an adapter alone, without the model; merge it first: python lora.py "
+                        f"merge --base F --adapter {adapter.as_posix()} --out F")
 
 
 def require_model(settings: Settings):
@@ -511,6 +584,7 @@ def prepare_prompts(settings: Settings, env: Env):
 def prefer(settings: Settings, env: Env) -> None:
     """The stage on one process: refuse what is wrong, make what is missing, train, compare."""
     require_model(settings)
+    require_weights(settings)
     if settings.data == Settings.data and not Path(settings.data, "made.json").exists():
         make_only(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
@@ -521,6 +595,8 @@ def prefer(settings: Settings, env: Env) -> None:
     splits = pack(settings, read_splits(settings, tokenizer, env), env)
     pairs_to_see = splits["train"].windows * settings.epochs
     settings.steps = settings.steps or math.ceil(pairs_to_see / settings.batch_size)
+    asked = rejection.questions(settings)
+    rejection.question_ids(asked, model, tokenizer, settings)  # one without room for an answer is told of now
     env.say(add_adapter(model, settings) if settings.lora_rank else
             f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
     with contextlib.ExitStack() as stack:
@@ -531,7 +607,7 @@ def prefer(settings: Settings, env: Env) -> None:
         model.to(env.device)
         reference = prepare_reference(settings, model, tokenizer, splits, env)
         loss_fn = functools.partial(preference_loss, settings=settings, reference=reference)
-        before, asked = evaluate(model, splits["val"], loss_fn, env), rejection.questions(settings)
+        before = evaluate(model, splits["val"], loss_fn, env)
         env.first(lambda: before.update(rejection.measure(model, tokenizer, asked, settings)), patient=True)
         last = train(model, splits["train"], loss_fn, settings, env, tokenizer, splits["val"],
                      identity(settings, splits) | {"base": base_of(model).get("sha256")})
@@ -579,7 +655,7 @@ def pack(settings: Settings, pairs: dict[str, list[Pair]], env: Env) -> dict[str
 def prepare_reference(settings: Settings, model: Transformer, tokenizer: Tokenizer, splits: dict[str, Pairs],
                       env: Env) -> Transformer | None:
     """Have the splits' reference stored, or return the second model where it is to be one."""
-    if settings.reference in ("none", "adapter"):
+    if settings.reference in (None, "adapter"):
         return None
     folder = settings.reference_model or settings.init_from
 

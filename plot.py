@@ -54,8 +54,10 @@ def text(x: float, y: float, words: str, more: str = "") -> str:
 
 def ticks(low: float, high: float) -> list[float]:
     """Four to nine round numbers, evenly apart, from at most `low` to at least `high`."""
-    span = high - low or abs(high) or 1.0
+    span, size = high - low, max(abs(low), abs(high))
+    if span <= max(1e-9 * size, 1e-99):  # all but equal
+        span = size if size > 1e-99 else 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= 6)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]

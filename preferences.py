@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from bpe import Tokenizer
 from chat import CHATML, Template, check_messages, kind, read_records, render, string
 from config import UserError
@@ -71,7 +73,7 @@ def convert(record) -> dict:
         raise UserError(f"{found or 'an empty object'}: that is no preference; expected are {FORMS}")
     sides = {side: record[side] for side in ("chosen", "rejected")}
     if "prompt" in record:
-        prompt = as_messages(record["prompt"], "prompt")
+        prompt = with_system_of(sides, as_messages(record["prompt"], "prompt"))
         answers = {side: answer_to(prompt, value, side) for side, value in sides.items()}
     else:
         whole = {side: as_dialogue(value, side) for side, value in sides.items()}
@@ -101,9 +103,20 @@ def as_messages(value, name: str) -> list[dict]:
     """A text as the user's message; messages as they are, without other keys."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+    if not isinstance(value, list):
         raise UserError(f'"{name}" is {kind(value)}; a string or a list of messages is expected')
+    for message in value:
+        if not isinstance(message, dict):
+            raise UserError(f'"{name}" holds a value {kind(message)}; messages are expected')
     return [{"role": message.get("role"), "content": message.get("content")} for message in value]
+
+
+def with_system_of(sides: dict, prompt: list[dict]) -> list[dict]:
+    """The prompt with the system message that both sides, which repeat it, put before it."""
+    first, other = (as_messages(value[:1], side) if isinstance(value, list) else []
+                    for side, value in sides.items())
+    repeated = first == other and first and first[0]["role"] == "system"
+    return first + prompt if repeated and prompt[:1] != first else prompt
 
 
 def answer_to(prompt: list[dict], value, side: str) -> list[dict]:
@@ -178,12 +191,15 @@ def encode_pairs(pairs, tokenizer: Tokenizer, template: Template, seq_len: int, 
                  say=print) -> tuple[list[dict], list[Pair]]:
     """(the pairs that fit into windows of seq_len tokens, their ids); says how many were cut or left out.
 
-    Raises UserError where a prompt alone fills the window (with on_bad_line "skip" it is left out), and where
-    no pair fits.
+    Those whose answers have the same ids are left out, too. Raises UserError where a prompt alone fills the
+    window (with on_bad_line "skip" it is left out), and where no pair is left.
     """
-    kept, encoded, cut, too_long = [], [], 0, 0
-    for pair in pairs:
+    kept, encoded, cut, too_long, equal = [], [], 0, 0, 0
+    for pair in tqdm(pairs, desc="encode", unit="pair", leave=False, disable=None):
         whole = encode_pair(pair, tokenizer, template)
+        if whole.chosen == whole.rejected:  # a template may strip what sets them apart
+            equal += 1
+            continue
         if len(whole.prompt) >= seq_len and on_bad_line == "stop":
             raise UserError(f"{pair.get('where', 'a pair')}: its prompt has {len(whole.prompt)} tokens, and "
                             f"the window --seq_len {seq_len}; pass a larger one, or --on_bad_line skip to do "
@@ -193,6 +209,10 @@ def encode_pairs(pairs, tokenizer: Tokenizer, template: Template, seq_len: int, 
         if ids is not None:
             kept.append(pair)
             encoded.append(ids)
+    if equal:
+        say(f"left out: {equal:,} pairs with equal answers, as {template.name} writes them")
+    if not encoded and not too_long:
+        raise UserError(f"there is no pair to learn from: {equal:,} with equal answers")
     if not encoded:
         raise UserError(f"none of the {too_long:,} pairs fits into --seq_len {seq_len} tokens; pass a larger "
                         f"one")

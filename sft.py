@@ -253,7 +253,7 @@ def score(conversations: Sequence[dict], replies: Sequence[tuple[str, bool]]) ->
     for conversation, (reply, stopped) in zip(conversations, replies, strict=True):
         truth = conversation["messages"][-1]["content"]
         values["stops"].append(stopped)
-        if conversation.get("task") == "write":
+        if stdlib_chat.asks_for_body(conversation):
             whole = stdlib_chat.assemble(conversation["code"], reply)
             values["compiles"].append(bool(reply.strip()) and stdlib_chat.compiles(whole))
         else:

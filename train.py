@@ -290,11 +290,12 @@ class Totals:
         kind = {"dtype": torch.float64, "device": self.env.scalar_device}
         self.names, self.sums = tuple(figures), self.sums + torch.stack([x.to(**kind) for x in numbers])
 
-    def over_all(self) -> tuple[float, float, dict[str, float]]:
-        """(sum of losses, their count, {name: mean}), equal on every process."""
+    def over_all(self) -> tuple[float, float, dict[str, float | None]]:
+        """(sum of losses, their count, {name: mean}), equal on every process; a mean not finite is None."""
         loss_sum, count, *rest = self.env.sum_over_data(self.sums).tolist()
         parts = zip(self.names, rest[::2], rest[1::2])
-        return loss_sum, count, {name: total / max(number, 1) for name, total, number in parts}
+        means = {name: total / max(number, 1) for name, total, number in parts}
+        return loss_sum, count, {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
 def marked(items):

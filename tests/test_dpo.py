@@ -429,7 +429,7 @@ def test_the_logged_ratio_is_that_of_the_losss_gradients():
 
 def test_kinds_without_a_reference_log_nothing_about_one(tmp_path):
     settings = settings_for(tmp_path, kind="simpo", beta=2.0)
-    assert settings.reference == "none"
+    assert settings.reference is None
     _, _, figures = preference_loss(model_for(), Pairs(encoded(3), 3, 64).in_order(0), settings)
     assert "accuracy" in figures and "log_gradient_ratio" not in figures
 

@@ -30,6 +30,7 @@ HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: more: yes\n\nAssistant: "
     {"prompt": said("q"), "chosen": answer("good"), "rejected": answer("bad")},
     {"prompt": "q", "chosen": said("q", "good"), "rejected": said("q", "bad")},  # UltraFeedback
     {"chosen": said("q", "good"), "rejected": said("q", "bad")},
+    {"prompt": "q", "chosen": "good", "rejected": "bad", "system": None},
     {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},  # hh-rlhf
 ])
 def test_every_form_says_the_same(record):
@@ -55,6 +56,14 @@ def test_a_system_message_and_other_keys_are_kept(tmp_path, capsys):
     [pair] = read_preferences(written(tmp_path, GOOD | {"system": "s", "score": 3}))
     assert pair["prompt"][0] == {"role": "system", "content": "s"} and pair["score"] == 3
     assert pair["where"].endswith("p.jsonl:1")
+
+
+@pytest.mark.parametrize("prompt", ["q", said("q"), [{"role": "system", "content": "s"}, *said("q")]], ids=str)
+def test_a_system_message_that_both_sides_repeat_before_the_prompt_belongs_to_it(prompt):
+    system = {"role": "system", "content": "s", "id": 7}
+    pair = convert({"prompt": prompt, "chosen": [system, *said("q", "good")],
+                    "rejected": [system, *said("q", "bad")]})
+    assert pair == PAIR | {"prompt": [{"role": "system", "content": "s"}, *said("q")]}
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, QWEN3], ids=lambda template: template.name)
@@ -96,6 +105,15 @@ def test_pairs_that_do_not_fit_are_cut_or_left_out_and_counted():
                      "tokens"]
 
 
+def test_answers_that_only_a_template_makes_equal_are_left_out_and_counted():
+    tokenizer, lines = with_chat_tokens(TOKENIZER, LLAMA3), []  # it strips what is said
+    equal = {"prompt": said("q"), "chosen": answer("x"), "rejected": answer("x ")}
+    kept, _ = encode_pairs([PAIR, equal], tokenizer, LLAMA3, 64, say=lines.append)
+    assert kept == [PAIR] and lines == ["left out: 1 pairs with equal answers, as llama3 writes them"]
+    with pytest.raises(UserError, match="no pair to learn from: 1 with equal answers"):
+        encode_pairs([equal], tokenizer, LLAMA3, 64, say=lines.append)
+
+
 # ---- when something is wrong -------------------------------------------------------------------------------
 
 GOOD = {"prompt": "q", "chosen": "good", "rejected": "bad"}
@@ -110,6 +128,8 @@ def written(tmp_path, *records):
 @pytest.mark.parametrize("record, words", [
     ({"prompt": "q", "chosen": "a"}, "that is no preference; expected are"),
     ([1], "a value of type list"),
+    ({"chosen": [1], "rejected": [2]}, '"chosen" holds a value of type int; messages are expected'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "system": 7}, '"system" is of type int'),
     ({"prompt": 7, "chosen": "a", "rejected": "b"}, '"prompt" is of type int'),
     ({"prompt": "q", "chosen": None, "rejected": "b"}, '"chosen" is missing'),
     ({"prompt": "q", "chosen": said("other", "a"), "rejected": "b"}, "neither begins with the messages"),

@@ -50,8 +50,8 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "dpo", "dedup", "scale", "memory",
-                  "gpu", "held"] = "all"  # training, loss, sharding and decoding
+    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "dpo", "dedup", "scale",
+                  "memory", "gpu", "held"] = "all"  # training, loss, sharding and decoding
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
 
@@ -64,8 +64,8 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "lora": adapters, "dpo": preferences, "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu,
-                "held": held_bytes}
+                "lora": adapters, "dpo": preferences, "dedup": dedup, "scale": scale, "memory": memory,
+                "gpu": gpu, "held": held_bytes}
     chosen = [training, loss, sharding, decoding] if settings.only == "all" else [measures[settings.only]]
     for measure in chosen:
         measure(settings.rounds)
@@ -387,25 +387,26 @@ def lora_memory():
                   f"moments {trained / 2 ** 20:,.1f}", flush=True)
 
 
-# ---- a step on preferences, beside TRL's ---------------------------------------------------------------------
+# ---- a step on preferences, beside TRL's -------------------------------------------------------------------
 
 DPO_PAIRS = 32
 
 
 def preferences(rounds: int):
-    """Time and memory of a DPO step, beside TRL's trainer on the same pairs and sizes, fp32 and AdamW in both."""
+    """Time and memory of a DPO step, beside TRL's trainer on the same pairs; fp32 and AdamW in both."""
     for size in ("small", "wide"):
         config = ModelConfig(**DPO_SIZES[size])
         sides = {f"{who} {reference}": dpo_step(who, reference, size)
                  for who in ("TRL", "ours") for reference in ("live", "stored")}
         seconds = alternate(rounds, **sides)
-        print(f"a DPO step, {count_parameters(config):,} parameters, {DPO_PAIRS} pairs of {synthetic_lengths()}, "
-              f"fp32, {torch.get_num_threads()} threads")
+        print(f"a DPO step, {count_parameters(config):,} parameters, {DPO_PAIRS} pairs of "
+              f"{synthetic_lengths()}, fp32, {torch.get_num_threads()} threads")
         for name, value in seconds.items():
             peak = in_a_fresh_process(f"print(bench.dpo_peak(*{name.split()!r}, {size!r}))",
                                       MALLOC_MMAP_THRESHOLD_="65536")
-            print(f"  {name:<14}{value * 1e3:>9.1f} ms{seconds[f'TRL {name.split()[1]}'] / value:>7.2f} x TRL's "
-                  f"speed, {peak / 2 ** 20:,.0f} MiB above the start", flush=True)
+            speed = seconds[f"TRL {name.split()[1]}"] / value
+            print(f"  {name:<14}{value * 1e3:>9.1f} ms{speed:>7.2f} x TRL's speed, {peak / 2 ** 20:,.0f} MiB "
+                  f"above the start", flush=True)
 
 
 DPO_SIZES = {"small": dict(vocab_size=4096, dim=128, n_layers=4, n_heads=4, ffn_dim=384, max_seq_len=256),
@@ -423,8 +424,8 @@ def synthetic_pairs(vocab_size: int) -> list[Pair]:
 
 
 def synthetic_lengths() -> str:
-    pairs = synthetic_pairs(100)
-    return f"{sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) / len(pairs):.0f} tokens"
+    total = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in synthetic_pairs(100))
+    return f"{total / DPO_PAIRS:.0f} tokens"
 
 
 def dpo_step(who: str, reference: str, size: str):
@@ -445,7 +446,7 @@ def dpo_step(who: str, reference: str, size: str):
 
 
 def dpo_peer_step(config: ModelConfig, pairs: list, live: bool):
-    """TRL's trainer on its own batch (chosen sides, then rejected ones, padded), torch's clipping and AdamW."""
+    """TRL's trainer on its own batch (chosen sides, then rejected ones, padded); torch's clip and AdamW."""
     import transformers
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer

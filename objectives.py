@@ -135,8 +135,8 @@ def product_dtypes(device: str, weight: Tensor) -> tuple[torch.dtype, torch.dtyp
 def rows_at_once(hidden: Tensor, weight: Tensor) -> int:
     """How many rows' logits are made at a time.
 
-    2^21 float32 are 8 MB: what a CPU's cache holds. But the weight's gradient, (V, C), is read and written for
-    each chunk: no fewer rows than 2 C, or that costs more than the products.
+    2^21 float32 are 8 MB: what a CPU's cache holds. But the weight's gradient, (V, C), is read and written
+    for each chunk: no fewer rows than 2 C, or that costs more than the products.
     """
     return max(2 * hidden.size(1), (2 ** 27 if hidden.is_cuda else 2 ** 21) // max(1, len(weight)))
 
@@ -196,7 +196,7 @@ class LinearLogps(torch.autograd.Function):
 
 
 def rows_loss(logits: Tensor, targets: Tensor, group=None, first: int = 0) -> tuple[Tensor, Tensor]:
-    """(the losses (rows,), their gradients softmax - onehot (rows, V)) of a few rows' logits, in their memory.
+    """(losses (rows,), their gradients softmax - onehot (rows, V)) of a few rows' logits, in their memory.
 
     logits (rows, V), or the columns `first` … of them, the others being with the others of `group`.
     """

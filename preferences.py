@@ -17,23 +17,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from bpe import Tokenizer
-from chat import CHATML, Template, check_messages, kind, read_records, render
+from chat import CHATML, Template, check_messages, kind, read_records, render, string
 from config import UserError
 from data import Rejected, accepted, content_suffix, find_files, read_files
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of hh-rlhf
 TURN = re.compile(r"\n\n(Human|Assistant):")
-FORMS = ('"prompt", "chosen" and "rejected"; or "chosen" and "rejected" as message lists, or as dialogues that '
-         'begin with "\\n\\nHuman: "')
+FORMS = ('"prompt", "chosen" and "rejected"; or "chosen" and "rejected" as message lists, or as dialogues '
+         'that begin with "\\n\\nHuman: "')
 
 
 def read_preferences(path: str | Path, on_bad_line: str = "stop") -> Iterator[dict]:
     """Yield the pairs of a file: {"prompt", "chosen", "rejected": messages each, "where"} and its other keys.
 
     path: .jsonl, or .json (the same, or one list), each also .gz. Of chosen and rejected the messages that
-    follow the prompt. on_bad_line: "stop" raises UserError with file and line; "skip" goes on, and tells at the
-    end of how many. Pairs with equal or empty answers are left out, and counted.
+    follow the prompt. on_bad_line: "stop" raises UserError with file and line; "skip" goes on, and tells at
+    the end of how many. Pairs with equal or empty answers are left out, and counted.
 
     Raises UserError also if none is left.
     """
@@ -71,17 +73,18 @@ def convert(record) -> dict:
         raise UserError(f"{found or 'an empty object'}: that is no preference; expected are {FORMS}")
     sides = {side: record[side] for side in ("chosen", "rejected")}
     if "prompt" in record:
-        prompt = as_messages(record["prompt"], "prompt")
+        prompt = with_system_of(sides, as_messages(record["prompt"], "prompt"))
         answers = {side: answer_to(prompt, value, side) for side, value in sides.items()}
     else:
         whole = {side: as_dialogue(value, side) for side, value in sides.items()}
         same = 0
         while same < min(map(len, whole.values())) and whole["chosen"][same] == whole["rejected"][same]:
             same += 1
-        same = min(same, *(len(messages) - 1 for messages in whole.values()))  # equal ones: the last is the answer
+        same = min(same, *(len(messages) - 1 for messages in whole.values()))  # of equal ones too: the answer
         prompt, answers = whole["chosen"][:same], {side: messages[same:] for side, messages in whole.items()}
-    if isinstance(record.get("system"), str) and record["system"] and prompt[:1] and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": record["system"]}, *prompt]
+    system = string(record, "system", optional=True)
+    if system and prompt[:1] and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
     if not any(message["role"] == "user" for message in prompt):
         raise UserError("chosen and rejected have no question in common, to which both are answers")
     check_messages(prompt, reply_follows=True)
@@ -100,9 +103,20 @@ def as_messages(value, name: str) -> list[dict]:
     """A text as the user's message; messages as they are, without other keys."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+    if not isinstance(value, list):
         raise UserError(f'"{name}" is {kind(value)}; a string or a list of messages is expected')
+    for message in value:
+        if not isinstance(message, dict):
+            raise UserError(f'"{name}" holds a value {kind(message)}; messages are expected')
     return [{"role": message.get("role"), "content": message.get("content")} for message in value]
+
+
+def with_system_of(sides: dict, prompt: list[dict]) -> list[dict]:
+    """The prompt with the system message that both sides, which repeat it, put before it."""
+    first, other = (as_messages(value[:1], side) if isinstance(value, list) else []
+                    for side, value in sides.items())
+    repeated = first == other and first and first[0]["role"] == "system"
+    return first + prompt if repeated and prompt[:1] != first else prompt
 
 
 def answer_to(prompt: list[dict], value, side: str) -> list[dict]:
@@ -123,8 +137,8 @@ def as_dialogue(value, side: str) -> list[dict]:
         return as_messages(value, side)
     before, *turns = TURN.split(value)
     if before.strip() or not turns:
-        raise UserError(f'"{side}" is a text without a prompt, and does not begin with "\\n\\nHuman: "; expected '
-                        f'are {FORMS}')
+        raise UserError(f'"{side}" is a text without a prompt, and does not begin with "\\n\\nHuman: "; '
+                        f'expected are {FORMS}')
     return [{"role": SPEAKERS[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
 
 
@@ -177,23 +191,32 @@ def encode_pairs(pairs, tokenizer: Tokenizer, template: Template, seq_len: int, 
                  say=print) -> tuple[list[dict], list[Pair]]:
     """(the pairs that fit into windows of seq_len tokens, their ids); says how many were cut or left out.
 
-    Raises UserError where a prompt alone fills the window (with on_bad_line "skip" it is left out), and where
-    no pair fits.
+    Those whose answers have the same ids are left out, too. Raises UserError where a prompt alone fills the
+    window (with on_bad_line "skip" it is left out), and where no pair is left.
     """
-    kept, encoded, cut, too_long = [], [], 0, 0
-    for pair in pairs:
+    kept, encoded, cut, too_long, equal = [], [], 0, 0, 0
+    for pair in tqdm(pairs, desc="encode", unit="pair", leave=False, disable=None):
         whole = encode_pair(pair, tokenizer, template)
+        if whole.chosen == whole.rejected:  # a template may strip what sets them apart
+            equal += 1
+            continue
         if len(whole.prompt) >= seq_len and on_bad_line == "stop":
-            raise UserError(f"{pair.get('where', 'a pair')}: its prompt has {len(whole.prompt)} tokens, and the "
-                            f"window --seq_len {seq_len}; pass a larger one, or --on_bad_line skip to do without")
+            raise UserError(f"{pair.get('where', 'a pair')}: its prompt has {len(whole.prompt)} tokens, and "
+                            f"the window --seq_len {seq_len}; pass a larger one, or --on_bad_line skip to do "
+                            f"without")
         ids = None if len(whole.prompt) >= seq_len else fitted(whole, seq_len)
         too_long, cut = too_long + (ids is None), cut + (ids is not None and ids is not whole)
         if ids is not None:
             kept.append(pair)
             encoded.append(ids)
+    if equal:
+        say(f"left out: {equal:,} pairs with equal answers, as {template.name} writes them")
+    if not encoded and not too_long:
+        raise UserError(f"there is no pair to learn from: {equal:,} with equal answers")
     if not encoded:
-        raise UserError(f"none of the {too_long:,} pairs fits into --seq_len {seq_len} tokens; pass a larger one")
+        raise UserError(f"none of the {too_long:,} pairs fits into --seq_len {seq_len} tokens; pass a larger "
+                        f"one")
     if cut or too_long:
-        say(f"of {len(encoded) + too_long:,} pairs {cut:,} lost the beginning of their prompt, and {too_long:,} "
-            f"were left out: longer than {seq_len} tokens")
+        say(f"of {len(encoded) + too_long:,} pairs {cut:,} lost the beginning of their prompt, and "
+            f"{too_long:,} were left out: longer than {seq_len} tokens")
     return kept, encoded

@@ -1,10 +1,10 @@
-"""Rejection sampling: ask a model several times, and let a rule that can be checked say which answers are best.
+"""Rejection sampling: ask a model several times; a rule that can be checked says which answers are best.
 
     python dpo.py --make_pairs --init_from runs/sft       # runs/pairs: pairs for DPO, and the best for SFT
     python rejection.py --models runs/sft runs/dpo        # what models are worth by the same rule
 
-For each prompt k samples at temperature 1 are scored by `quality`. Best against worst, where they lie apart by
-a margin, makes a preference; the best alone makes a conversation for SFT (best-of-k; Touvron et al. 2023,
+For each prompt k samples at temperature 1 are scored by `quality`. Best against worst, where they lie apart
+by a margin, makes a preference; the best alone makes a conversation for SFT (best-of-k; Touvron et al. 2023,
 https://arxiv.org/abs/2307.09288, section 3.2.3; Llama Team 2024, https://arxiv.org/abs/2407.21783, section
 4.2.2). No person and no reward model has a say: what the rule does not see, it does not teach.
 
@@ -31,7 +31,7 @@ from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
 from checkpoint import read_json
 from config import UserError, open_whole, parse, require, run
-from documents import write_documents
+from documents import stored_documents, write_documents
 from generation import Packed
 from lora import open_model
 from model import Transformer, generate
@@ -47,18 +47,19 @@ from work import Work, fingerprint
 def quality(conversation: dict, reply: str, ended: bool) -> float:
     """How good a reply is, from 0 to 1, by what a program can check; conversation: with the author's answer.
 
-    Of the task "write" (a function's body) the mean of three: it compiles, it ends by itself, and the share of
-    the function's arguments that it uses. Of all else the F1 of words with the author's answer, and 0 for an
-    answer that does not end.
+    Of the task "write" (a function's body) the mean of three: it compiles, it ends by itself, and the share
+    of the function's arguments that it uses. Of all else the F1 of words with the author's answer, and 0 for
+    an answer that does not end.
     """
-    if conversation.get("task") == "write":
+    if stdlib_chat.asks_for_body(conversation):
         used = stdlib_chat.used_arguments(conversation["code"], reply)  # None: it does not compile
         return (ended + (used is not None) + (used or 0.0)) / 3
     return f1(reply, conversation["messages"][-1]["content"]) if ended else 0.0
 
 
-def preference(conversation: dict, samples: Sequence[dict], margin: float, chosen: str = "best") -> dict | None:
-    """The pair that samples of one prompt make: best against worst. None if they lie less than `margin` apart.
+def preference(conversation: dict, samples: Sequence[dict], margin: float,
+               chosen: str = "best") -> dict | None:
+    """The pair that samples of one prompt make: best against worst. None if less than `margin` apart.
 
     samples: {"text", "ended", "score"} each. Of equal scores the first counts. chosen: "author" takes the
     conversation's own answer (score 1) in the best sample's place.
@@ -92,8 +93,8 @@ def sample_replies(model: Transformer, prompts: Sequence[list[int]], tokenizer: 
                    generator: torch.Generator | None = None) -> list[list[dict]]:
     """{"text", "ended", "logp", "ids"} of `samples` replies to each prompt, drawn together.
 
-    logp: of the reply's ids, its end token included, summed, in nats, at this temperature. prompts: each leaves the model room for
-    at least a token; replies are no longer than the longest prompt leaves room for.
+    logp: of the reply's ids, its end token included, summed, in nats, at this temperature. prompts: each
+    leaves the model room for at least a token; replies are no longer than the longest prompt leaves room for.
     """
     room = min(max_new_tokens, model.config.max_seq_len - max(map(len, prompts)))
     rows = [prompt for prompt in prompts for _ in range(samples)]
@@ -123,6 +124,9 @@ class Sampling:
                 margin=(1e-6, 1), prompts_at_once=(1, None))
 
 
+RULE = ("margin", "chosen")  # what of this concerns the choice among samples, not the samples
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 3. A folder of pairs
 
@@ -132,33 +136,43 @@ def make_pairs(settings, init_from: str | Path, out: str | Path, env: Env, overw
 
     settings: a Sampling with seed and template. Raises UserError where `out` holds anything else.
     """
-    out, key = Path(out), identity(settings, init_from)
+    out, known = Path(out), identity(settings, init_from)
     with contextlib.ExitStack() as stack:
-        env.first(lambda: stack.enter_context(begun(out, key, overwrite)), patient=True)
+        env.first(lambda: stack.enter_context(begun(out, known, overwrite)), patient=True)
         if (out / "made.json").exists():
-            env.say(f"{out} is there already: {read_json(out / 'made.json')['counts']}")
+            env.say(f"{out} is there already: {in_line(read_json(out / 'made.json').get('counts', {}))}")
             return
         model, tokenizer = open_model(init_from, env.device)
         if tokenizer is None:
-            raise UserError(f"{init_from} has no tokenizer.json that can be read, and prompts cannot be written "
-                            f"without it")
-        groups = grouped(settings, model, tokenizer)
-        work = Work(out / "work", key, env.rank, env.world_size)
+            raise UserError(f"{init_from} has no tokenizer.json that can be read, and prompts cannot be "
+                            f"written without it")
+        with contextlib.redirect_stdout(None) if env.rank else contextlib.nullcontext():
+            groups = grouped(settings, model, tokenizer)
+        env.first(lambda: begin_work(out, known))
+        work = Work(out / "work", known["samples"], env.rank, env.world_size)
+        answer = functools.partial(draw, settings, model, tokenizer, groups, work)
         with Packed(model.eval()):
-            work.each("samples", len(groups), functools.partial(draw, settings, model, tokenizer, groups, work))
-        env.first(lambda: finish(settings, out, key, work, len(groups)), patient=True)
+            work.each("samples", len(groups), answer)
+        env.first(lambda: finish(settings, out, known, work, len(groups)), patient=True)
+        # apart: by now no process waits for a mark in there any more
+        env.first(lambda: shutil.rmtree(out / "work", ignore_errors=True))
 
 
-def identity(settings, init_from: str | Path) -> str:
-    """What the samples depend on, as one word."""
-    names = [*Sampling.__dataclass_fields__, "seed", "template"]
+def identity(settings, init_from: str | Path) -> dict[str, str]:
+    """{"samples", "rule"}: what the samples, and what the choice among them depend on, in a word each."""
     files = [file_checksum(path) for path in prompt_files(settings).values()]
-    return fingerprint({name: getattr(settings, name) for name in names}, weights_of(init_from), files)
+    names = {*Sampling.__dataclass_fields__, "seed", "template"} - {*RULE}
+    values = {name: getattr(settings, name) for name in names}
+    return {"samples": fingerprint(values, weights_of(init_from), files),
+            "rule": fingerprint([getattr(settings, name) for name in RULE])}
 
 
 def weights_of(folder: str | Path) -> str:
     """Stands for the weights in a model folder, or for those of an adapter in it."""
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("adapter/*.safetensors")]
+    if not files:
+        raise UserError(f"there is no model folder {folder}" if not Path(folder).is_dir() else
+                        f"{folder} holds no weights: it has no .safetensors file")
     return fingerprint([file_checksum(path) for path in sorted(files)])
 
 
@@ -166,36 +180,44 @@ def prompt_files(settings) -> dict[str, Path]:
     files = {split: Path(settings.prompts_data) / f"{split}.jsonl" for split in SPLITS}
     for path in files.values():
         if not path.is_file():
-            raise UserError(f"there is no {path}; --prompts_data is a folder of conversations with train.jsonl "
-                            f"and val.jsonl (the default one: python sft.py --make_data)")
+            raise UserError(f"there is no {path}; --prompts_data is a folder of conversations with "
+                            f"train.jsonl and val.jsonl (the default one: python sft.py --make_data)")
     return files
 
 
 @contextlib.contextmanager
-def begun(out: Path, key: str, overwrite: bool):
-    """Hold the folder alone, made or refused. Deletes what was written here alone, and only if told to."""
+def begun(out: Path, known: dict[str, str], overwrite: bool):
+    """Hold the folder alone, made or refused. Deletes what was written here alone, and only if told to.
+
+    Samples that were drawn, but of which no pairs are made yet, serve any rule.
+    """
     ours = (out / "made.json").is_file() or (out / "work" / "key.json").is_file()
-    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+    strangers = out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir()))
+    if strangers and not ours:
         raise UserError(f"{out} exists and is no folder of pairs; choose another place for them")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         if overwrite and ours:
             clear(out)
-        known = read_json(out / "made.json", {}) or read_json(out / "work" / "key.json", {"key": key})
-        if known.get("key") != key:
-            raise UserError(f"{out} holds pairs of another model or of other settings; pass --overwrite to make "
-                            f"them anew, or choose another place")
-        if not (out / "made.json").exists():
-            (out / "work").mkdir(exist_ok=True)
-            with open_whole(out / "work" / "key.json", "w") as file:
-                json.dump({"key": key}, file)
+        made = read_json(out / "made.json", {})
+        found = made or read_json(out / "work" / "key.json", known)
+        if any(found.get(name) != known[name] for name in (known if made else ["samples"])):
+            raise UserError(f"{out} holds pairs of another model or of other settings; pass --overwrite to "
+                            f"make them anew, or choose another place")
         yield
+
+
+def begin_work(out: Path, known: dict[str, str]):
+    (out / "work").mkdir(exist_ok=True)
+    with open_whole(out / "work" / "key.json", "w") as file:
+        json.dump(known, file)
 
 
 def clear(out: Path):
     (out / "made.json").unlink(missing_ok=True)  # first: without it nobody takes the rest for whole
-    for path in [*out.glob("*.jsonl"), *out.glob("reference-*.safetensors")]:
-        path.unlink()
+    files = [*(f"{split}.jsonl" for split in SPLITS), "questions.jsonl", "samples.jsonl"]
+    for path in [*(out / name for name in files), *out.glob("reference-*.safetensors")]:
+        path.unlink(missing_ok=True)
     for name in ("work", "best"):
         shutil.rmtree(out / name, ignore_errors=True)
 
@@ -213,8 +235,9 @@ def grouped(settings, model: Transformer, tokenizer: Tokenizer) -> list[list[dic
             if len(ids) + settings.max_new_tokens <= model.config.max_seq_len:
                 chosen.append({**one, "split": split, "ids": ids})
     if not chosen:
-        raise UserError(f"no prompt of {settings.prompts_data} leaves {settings.max_new_tokens} of the model's "
-                        f"{model.config.max_seq_len} tokens to an answer; pass fewer --max_new_tokens")
+        raise UserError(f"no prompt of {settings.prompts_data} leaves {settings.max_new_tokens} of the "
+                        f"model's {model.config.max_seq_len} tokens to an answer; pass fewer "
+                        f"--max_new_tokens")
     chosen.sort(key=lambda one: len(one["ids"]))
     size = settings.prompts_at_once
     return [chosen[i:i + size] for i in range(0, len(chosen), size)]
@@ -224,50 +247,65 @@ def draw(settings, model: Transformer, tokenizer: Tokenizer, groups: list, work:
     """Sample and score the answers of one group; a function of (seed, unit) alone."""
     group, stop = groups[unit], tokenizer.special_tokens[TEMPLATES[settings.template].end]
     device = model.lm_head.weight.device
-    generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + unit)
+    generator = torch.Generator(device).manual_seed((settings.seed * 1_000_003 + unit) % 2 ** 63)
     replies = sample_replies(model, [one["ids"] for one in group], tokenizer, stop, settings.samples,
                              settings.max_new_tokens, settings.temperature, generator)
     rows = []
     for conversation, samples in zip(group, replies):
         scored = [{"text": sample["text"], "ended": sample["ended"],
                    "score": quality(conversation, sample["text"], sample["ended"])} for sample in samples]
-        rows.append({name: value for name, value in conversation.items() if name != "ids"} | {"samples": scored})
+        known = {name: value for name, value in conversation.items() if name != "ids"}
+        rows.append(known | {"samples": scored})
     write_documents(work.path("samples", unit, "jsonl"), rows)
     return {"scores": sum(sample["score"] for row in rows for sample in row["samples"])}
 
 
-def finish(settings, out: Path, key: str, work: Work, groups: int):
+def finish(settings, out: Path, known: dict[str, str], work: Work, groups: int):
     """Write what the folder is for from all samples; made.json comes last."""
-    paths = [work.path("samples", unit, "jsonl") for unit in range(groups)]
-    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    (out / "best").mkdir(exist_ok=True)
+    rows = list(stored_documents(*(work.path("samples", unit, "jsonl") for unit in range(groups))))
+    chosen = {split: choose(settings, [row for row in rows if row["split"] == split]) for split in SPLITS}
     counts = {}
-    for split in SPLITS:
-        pairs, best = [], []
-        for row in (row for row in rows if row["split"] == split):
-            conversation = {name: value for name, value in row.items() if name not in ("samples", "split")}
-            pair = preference(conversation, row["samples"], settings.margin, settings.chosen)
-            known = {name: value for name, value in conversation.items() if name != "messages"}
-            pairs += [pair | known] if pair else []
-            best += filter(None, [best_answer(conversation, row["samples"])])
+    (out / "best").mkdir(exist_ok=True)
+    for split, (pairs, best) in chosen.items():
+        if not pairs:
+            raise UserError(f"of the samples for {split} no two of one prompt lie --margin {settings.margin} "
+                            f"apart; pass a smaller one, more --samples, or more prompts")
+        if not best:
+            raise UserError(f"none of the samples for {split} is worth anything: no answer ends by itself; "
+                            f"pass more --max_new_tokens or --samples, or choose another --init_from")
         write_documents(out / f"{split}.jsonl", pairs)
         write_documents(out / "best" / f"{split}.jsonl", best)
         counts |= {f"{split} pairs": len(pairs), f"{split} best answers": len(best)}
-        if not pairs or not best:
-            raise UserError(f"of the samples for {split} no two of one prompt lie --margin {settings.margin} "
-                            f"apart; pass a smaller one, more --samples, or more prompts")
-    asked = [{name: value for name, value in row.items() if name not in ("samples", "split")}
-             for row in rows if row["split"] == "val"]
-    write_documents(out / "questions.jsonl", asked)
+    write_documents(out / "questions.jsonl", [without_samples(row) for row in rows if row["split"] == "val"])
     write_documents(out / "samples.jsonl", rows)
     scores = [sample["score"] for row in rows for sample in row["samples"]]
     best = [max(sample["score"] for sample in row["samples"]) for row in rows]
     counts |= {"samples": len(scores), "mean score": round(sum(scores) / len(scores), 4),
                f"best of {settings.samples}": round(sum(best) / len(best), 4)}
     with open_whole(out / "made.json", "w") as file:
-        json.dump({"key": key, "counts": counts}, file)
-    shutil.rmtree(out / "work")
-    print(f"{out}: " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+        json.dump({**known, "counts": counts}, file)
+    print(f"{out}: {in_line(counts)}")
+
+
+def choose(settings, rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """(pairs for DPO, conversations for SFT) of the samples of one split; all keep what else was known."""
+    pairs, best = [], []
+    for row in rows:
+        conversation = without_samples(row)
+        known = {name: value for name, value in conversation.items() if name != "messages"}
+        pair = preference(conversation, row["samples"], settings.margin, settings.chosen)
+        pairs += [known | pair] if pair else []
+        best += filter(None, [best_answer(conversation, row["samples"])])
+    return pairs, best
+
+
+def without_samples(row: dict) -> dict:
+    """The conversation whose prompt was asked."""
+    return {name: value for name, value in row.items() if name not in ("samples", "split")}
+
+
+def in_line(counts: dict) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in counts.items())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,24 +317,35 @@ def questions(settings) -> list[dict]:
     path = Path(settings.data) / "questions.jsonl"
     if not settings.questions or not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return spread([json.loads(line) for line in lines], settings.questions)
+    with contextlib.redirect_stdout(None):
+        return spread(list(read_conversations(path)), settings.questions)
+
+
+def question_ids(asked: Sequence[dict], model: Transformer, tokenizer: Tokenizer,
+                 settings) -> list[list[int]]:
+    """The ids of the prompts. Raises UserError where one leaves the model no room for an answer."""
+    template, limit = TEMPLATES[settings.template], model.config.max_seq_len
+    ids = [render(one["messages"][:-1], tokenizer, True, template)[0] for one in asked]
+    longest = max(map(len, ids), default=0)
+    if longest >= limit:
+        raise UserError(f"a question in {settings.data} has {longest} tokens, and the model reads {limit}: "
+                        f"there is no room for an answer; take it out of questions.jsonl")
+    return ids
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, asked: Sequence[dict], settings) -> dict:
     """What the model answers to the questions: {"greedy": (reply, ended) each, "sampled": replies each}."""
     if not asked:
         return {"greedy": [], "sampled": []}
-    greedy = reply_to(asked, model, tokenizer, settings)
     template, sampled = TEMPLATES[settings.template], []
-    ids = [render(one["messages"][:-1], tokenizer, True, template)[0] for one in asked]
+    ids = question_ids(asked, model, tokenizer, settings)
+    greedy = reply_to(asked, model, tokenizer, settings)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(settings.seed)
     starts = range(0, len(asked) if settings.samples_of_questions else 0, 32)
     for start in tqdm(starts, desc="sample", unit="batch", leave=False, disable=None):
         sampled += sample_replies(model, ids[start:start + 32], tokenizer,
-                                            tokenizer.special_tokens[template.end],
-                                            settings.samples_of_questions, settings.max_new_tokens,
-                                            generator=generator)
+                                  tokenizer.special_tokens[template.end], settings.samples_of_questions,
+                                  settings.max_new_tokens, generator=generator)
     for one, prompt in zip(sampled, ids):
         for reply in one:
             reply["prompt"] = prompt
@@ -319,9 +368,9 @@ def qualities(asked: Sequence[dict], answers: dict) -> dict[str, list[float]]:
 
 
 def sign_test(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, float]:
-    """(how many are higher after, how many lower, two-sided p of so uneven a split by chance); ties are left out.
+    """(how many are higher after, how many lower, two-sided p of so uneven a split by chance).
 
-    By hand: 5 higher and none lower, p = 2 / 2^5.
+    Ties are left out. By hand: 5 higher and none lower, p = 2 / 2^5.
     """
     higher = sum(new > old for old, new in zip(before, after, strict=True))
     lower = sum(new < old for old, new in zip(before, after, strict=True))
@@ -347,6 +396,8 @@ class Settings:
     json: str | None = None  # also write the figures of each question into this file
 
     def __post_init__(self):
+        if not self.models:
+            raise UserError("--models names no model folder; name one, or several to compare")
         require(self, questions=(1, None), samples_of_questions=(0, None), max_new_tokens=(1, None),
                 repetition_penalty=(1, 1000), seed=(0, 2 ** 63 - 1))
 
@@ -356,7 +407,8 @@ def main():
     settings = parse(Settings)
     asked, found = questions(settings), {}
     if not asked:
-        raise UserError(f"there is no {settings.data}/questions.jsonl; make it with: python dpo.py --make_pairs")
+        raise UserError(f"there is no {settings.data}/questions.jsonl; make it with: python dpo.py "
+                        f"--make_pairs")
     for folder in settings.models:
         model, tokenizer = open_model(folder)
         if tokenizer is None:

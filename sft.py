@@ -253,7 +253,7 @@ def score(conversations: Sequence[dict], replies: Sequence[tuple[str, bool]]) ->
     for conversation, (reply, stopped) in zip(conversations, replies, strict=True):
         truth = conversation["messages"][-1]["content"]
         values["stops"].append(stopped)
-        if conversation.get("task") == "write":
+        if stdlib_chat.asks_for_body(conversation):
             whole = stdlib_chat.assemble(conversation["code"], reply)
             values["compiles"].append(bool(reply.strip()) and stdlib_chat.compiles(whole))
         else:
@@ -475,9 +475,9 @@ def held_out(items: list, share: float, place: Path) -> tuple[list, list]:
     """(the items to train on, a share of them held out), drawn by lot, always the same."""
     out = np.random.default_rng(0).permutation(len(items)) < share * len(items)
     if out.all():
-        raise UserError(f"{place} has {len(items)} to learn from, too few to hold out a share of {share}; give "
-                        f"more, or another --val_share")
-    return [item for item, is_out in zip(items, out) if not is_out], [i for i, is_out in zip(items, out) if is_out]
+        raise UserError(f"{place} has {len(items)} to learn from, too few to hold out a share of {share}; "
+                        f"give more, or another --val_share")
+    return tuple([item for item, is_out in zip(items, out) if is_out == wanted] for wanted in (False, True))
 
 
 def pack(settings: Settings, examples: dict[str, list[Example]], tokenizer: Tokenizer, template: Template,

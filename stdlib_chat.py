@@ -86,10 +86,19 @@ def assemble(code: str, answer: str) -> str:
     return f"{code}\n{answer if answer[:1].isspace() else indentation + answer}"
 
 
-def used_arguments(code: str, answer: str) -> float | None:
-    """Which share of the function's arguments the answer reads, 1 if it has none; None if it does not compile.
+def asks_for_body(conversation: dict) -> bool:
+    """Whether a conversation is a "write" pair: anybody's file may have other things at these keys."""
+    code = conversation.get("code")
+    if conversation.get("task") != "write" or not isinstance(code, str):
+        return False
+    tree = compiled(code, ast.PyCF_ONLY_AST)
+    return bool(tree and tree.body) and isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef))
 
-    self and cls are arguments like any other. Nothing is run.
+
+def used_arguments(code: str, answer: str) -> float | None:
+    """The share of the function's arguments that the answer reads; None if it does not compile.
+
+    1 if there are none. self and cls are arguments like any other. Nothing is run.
     """
     tree = compiled(assemble(code, answer), ast.PyCF_ONLY_AST) if answer.strip() else None
     if tree is None or not compiles(assemble(code, answer)):

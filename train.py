@@ -290,11 +290,12 @@ class Totals:
         kind = {"dtype": torch.float64, "device": self.env.scalar_device}
         self.names, self.sums = tuple(figures), self.sums + torch.stack([x.to(**kind) for x in numbers])
 
-    def over_all(self) -> tuple[float, float, dict[str, float]]:
-        """(sum of losses, their count, {name: mean}), equal on every process."""
+    def over_all(self) -> tuple[float, float, dict[str, float | None]]:
+        """(sum of losses, their count, {name: mean}), equal on every process; a mean not finite is None."""
         loss_sum, count, *rest = self.env.sum_over_data(self.sums).tolist()
-        means = {name: total / max(number, 1) for name, total, number in zip(self.names, rest[::2], rest[1::2])}
-        return loss_sum, count, means
+        parts = zip(self.names, rest[::2], rest[1::2])
+        means = {name: total / max(number, 1) for name, total, number in parts}
+        return loss_sum, count, {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
 def marked(items):
@@ -332,11 +333,11 @@ def refuse_bad(loss: float, norm: float, limit: float, lr: float):
 
 @torch.no_grad()
 def evaluate(model, batches: Batches, loss_fn, env) -> dict:
-    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens", figures}.
+    """Loss over the whole split, each target once: {"loss" (nats a token), "bits_per_byte", "tokens"}.
 
-    Equal on every process. Bits per byte: the total loss in bits over the bytes of the text, so that
-    tokenizers can be compared. It charges the model for end-of-text tokens too. Windows overlap where
-    `batches` has a stride. Of batches without text_bytes there are none.
+    And the loss's figures, if it has any. Equal on every process. Bits per byte: the total loss in bits over
+    the bytes of the text, so that tokenizers can be compared; of batches without text_bytes there are none.
+    It charges the model for end-of-text tokens too. Windows overlap where `batches` has a stride.
     """
     was_training = model.training
     model.eval()

@@ -231,7 +231,8 @@ def describe(line: dict) -> str:
     words = [f"loss {loss:.3f}"]
     if "bits_per_byte" in line:
         words.append(f"{line['bits_per_byte']:.3f} bits/byte")
-    words += [f"{name} {line[name]:.{digits}f}" for name, digits in SHOWN.items() if name in line]
+    words += [f"{name} {line[name]:.{digits}f}" for name, digits in SHOWN.items()
+              if line.get(name) is not None]
     words += [f"lr {line['lr']:.1e}", f"norm {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,} tok/s"]
     if "mfu" in line:
         words.append(f"{line['mfu']:.0%} of peak")

@@ -7,7 +7,8 @@ import pytest
 from plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart, ticks
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 1), (1, 900), (0, 0), (5, 5), (-2, -2), (1e-9, 3e-9), (-1e6, 7)])
+@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 1), (1, 900), (0, 0), (5, 5), (-2, -2), (1e-9, 3e-9),
+                                       (-1e6, 7), (1e-14, 3e-14), (0, 1e-30)])
 def test_ticks_are_few_round_evenly_apart_and_hold_all(low, high):
     marks = ticks(low, high)
     assert 2 <= len(marks) <= 9 and marks[0] <= low and marks[-1] >= high
@@ -17,7 +18,8 @@ def test_ticks_are_few_round_evenly_apart_and_hold_all(low, high):
 
 
 def test_a_chart_is_xml_and_its_lines_lie_where_the_numbers_say():
-    svg = ElementTree.fromstring(line_chart("a < b", "step", "nats", {"one": [(0, 0.0), (10, 1.0)], "two": [(5, -1.0)]}))
+    lines = {"one": [(0, 0.0), (10, 1.0)], "two": [(5, -1.0)]}
+    svg = ElementTree.fromstring(line_chart("a < b", "step", "nats", lines))
     first, second = (line.get("points") for line in svg.iter("{http://www.w3.org/2000/svg}polyline"))
     bottom, top = HEIGHT - BOTTOM, TOP
     middle = (bottom + top) / 2  # of -1 … 1
@@ -25,6 +27,14 @@ def test_a_chart_is_xml_and_its_lines_lie_where_the_numbers_say():
     assert second == f"{(LEFT + WIDTH - RIGHT) / 2:.1f},{bottom:.1f}"
     words = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert {"a < b", "step", "nats", "one", "two"} <= set(words)
+
+
+@pytest.mark.parametrize("low, high", [(1, 1 + 1e-15), (1e16, 1e16 + 4), (-3, -3), (0, 5e-324)])
+def test_numbers_that_are_all_but_equal_make_a_line_too(low, high):
+    svg = ElementTree.fromstring(line_chart("t", "x", "y", {"a": [(1, low), (2, high)]}))
+    points = svg.find("{http://www.w3.org/2000/svg}polyline").get("points")
+    (_, one), (_, other) = (map(float, point.split(",")) for point in points.split())
+    assert one == pytest.approx(other, abs=0.1) and TOP <= one <= HEIGHT - BOTTOM
 
 
 def test_infinite_points_are_left_out_and_no_points_are_no_error():

@@ -453,7 +453,7 @@ class Settings(Loop, Adapter, Sampling):
     batch_size: int = 32  # pairs a step
     lr: float = 2e-3  # peak learning rate of the matrices in blocks; small, the weights are already good
     adam_lr: float = 4e-4  # of embedding, head and norms
-    lora_lr: float = 1e-3  # adapters' peak learning rate, in place of --lr
+    lora_lr: float = 3e-4  # adapters' peak learning rate, in place of --lr
     questions: int = 200  # held-out questions to answer before and after; 0: none
     repetition_penalty: float = 1.15  # of those answers, as in sft.py
     samples_of_questions: int = 4  # answers at temperature 1 to each, beside the greedy one

@@ -22,6 +22,8 @@ from itertools import groupby
 import numpy as np
 from tqdm import tqdm
 
+from cuts import grown
+
 BYTES = [bytes([value]) for value in range(256)]
 END = 255  # stands between words, as a byte and as a token: no text in UTF-8 has this byte
 NO_PAIR = 0  # the number of what is no pair: a place at the end of a word, or merged away. Its count is 0
@@ -203,13 +205,6 @@ class Words:
         self.head[first:size] = [int.from_bytes(start.ljust(8, b"\0")) for start in starts]
         self.mask[first:size] = [(1 << 64) - (1 << 64 - 8 * len(start)) for start in starts]
         self.made_at[first:size], self.waited[first:size] = self.count[pairs], waited
-
-
-def grown(array, size):
-    """The array, with zeros behind it if it is shorter than `size`: twice as long then, so this is rare."""
-    if len(array) >= size:
-        return array
-    return np.concatenate([array, np.zeros(max(len(array), size - len(array)), array.dtype)])
 
 
 def in_order(made, tokens):

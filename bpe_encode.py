@@ -1,9 +1,10 @@
-"""The ids of bpe.Tokenizer.encode, for long texts and many: each different piece of them is merged once, in numpy.
+"""The ids of bpe.Tokenizer.encode, for long texts and many: each different piece is merged once, in numpy.
 
     texts -> segments, numbered (cuts.py) -> by number: where its ids stand in a pool -> all of them, copied
 
-A text of a million characters has 180,000 segments, and 15,000 different ones. What is done for each of the
-many is done in numpy for all at once. New segments are cut by the pattern and merged, all of them side by side.
+A text of a million characters has 180,000 segments, and 15,000 different ones. What is done for each of
+the many is done in numpy for all at once. New segments are cut by the pattern, and their pre-tokens are merged
+side by side.
 """
 from itertools import chain
 
@@ -29,7 +30,7 @@ class Encoder:
         self.byte_ids, self.results = np.array(byte_ids, np.int32), np.array(results, np.int32)
         self.whole = whole
         self.ranks = cuts.Numbering()
-        left, right = np.array(pairs, np.uint64).reshape(-1, 2).T
+        left, right = np.array(list(pairs), np.uint64).reshape(-1, 2).T
         self.ranks.add(left << np.uint64(32) | right)
         self.forget()
 
@@ -62,53 +63,77 @@ class Encoder:
         """(the ids of segments, in a row; where those of each segment begin, and the last one's end)."""
         if self.segments.numbering.size > self.SIZE:
             self.forget()
-        numbers, new = self.segments.numbers(data, bounds)
-        if len(new):
-            self.learn(numbers[new], [data[bounds[i]:bounds[i + 1]].tobytes().decode() for i in new])
-        start, length = self.start[numbers], self.length[numbers]
-        long = {i: self.merged([data[bounds[i]:bounds[i + 1]].tobytes().decode()])[0]
-                for i in np.flatnonzero(numbers < 0)}
-        for i, ids in long.items():
-            length[i] = len(ids)
+        return self.look_up(data, bounds, self.cut_further)
+
+    def look_up(self, data, bounds, make) -> tuple[np.ndarray, np.ndarray]:
+        """As ids_of; make: list of bytes -> (ids, in a row; how many each has) of what is not in the pool."""
+        numbers = self.segments.numbers(data, bounds)
+        new, long = self.first_of_unknown(numbers), np.flatnonzero(numbers < 0)
+        unknown = np.concatenate([new, long])
+        found, lengths = make(cuts.spell(data, bounds, unknown)) if len(unknown) else (self.pool[:0], unknown)
+        self.learn(numbers[new], found, lengths[:len(new)])
+
+        length = self.length[numbers]
+        length[long] = lengths[len(new):]
         ends = np.zeros(len(bounds), np.int64)
         np.cumsum(length, out=ends[1:])
-        places = np.repeat(start - ends[:-1], length)
+        places = np.repeat(self.start[numbers] - ends[:-1], length)
         places += np.arange(len(places))
         ids = self.pool.take(places, mode="clip")
-        for i, ids_of_long in long.items():
-            ids[ends[i]:ends[i + 1]] = ids_of_long
+        end = lengths[:len(new)].sum()
+        for i in long:  # these are not in the pool
+            ids[ends[i]:ends[i + 1]] = found[end:end + length[i]]
+            end += length[i]
         return ids, ends
 
-    def learn(self, numbers, segments: list[str]):
-        """Put the ids of segments into the pool."""
-        ids, lengths = self.merged(segments)
+    def first_of_unknown(self, numbers):
+        """Where numbers that have no ids yet come first."""
         size = self.segments.numbering.size
         self.start, self.length = cuts.grown(self.start, size), cuts.grown(self.length, size)
-        self.pool = cuts.grown(self.pool, self.used + len(ids))
-        self.pool[self.used:self.used + len(ids)] = ids
+        return cuts.first_of(numbers, self.length == 0)
+
+    def learn(self, numbers, ids, lengths):
+        """Put the ids of these numbers into the pool; there may be further ones behind them."""
+        end = self.used + lengths.sum()
+        self.pool = cuts.grown(self.pool, end)
+        self.pool[self.used:end] = ids[:end - self.used]
         self.start[numbers] = self.used + np.cumsum(lengths) - lengths
         self.length[numbers] = lengths
-        self.used += len(ids)
+        self.used = end
 
-    def merged(self, segments: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(the ids of the segments, in a row; how many each has)."""
-        cut = list(map(self.findall, segments))
+    def cut_further(self, segments: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(the ids of the segments, in a row; how many each has): each is cut into its pre-tokens."""
+        cut = [self.findall(segment.decode()) for segment in segments]
         pieces = [piece.encode() for piece in chain.from_iterable(cut)]
-        ids, owners = self.merge([b"" if self.apart(piece) else piece for piece in pieces])
-        apart = {i: self.merge_apart(piece) for i, piece in enumerate(pieces) if self.apart(piece)}
+        bounds = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)), out=bounds[1:])
+        data = np.frombuffer(b"".join(pieces) + cuts.BEYOND, np.uint8)
+        ids, ends = self.look_up(data, bounds, self.merged)
+        number = np.cumsum(np.fromiter(map(len, cut), np.int64, len(cut)))
+        return ids, np.diff(ends[number], prepend=0)
+
+    def merged(self, pieces: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(the ids of pre-tokens, in a row; how many each has)."""
+        apart = {i: self.merge_apart(piece) for i, piece in enumerate(pieces)
+                 if len(piece) >= self.LONG or piece in self.whole}
+        ids, owners = self.merge([b"" if i in apart else piece for i, piece in enumerate(pieces)])
         if apart:
             ids = np.concatenate([ids, *apart.values()])
             owners = np.concatenate([owners, *(np.full(len(some), i) for i, some in apart.items())])
             order = np.argsort(owners, kind="stable")
             ids, owners = ids[order], owners[order]
-        segment = np.repeat(np.arange(len(cut)), list(map(len, cut)))
-        return ids, np.bincount(segment[owners], minlength=len(cut))
-
-    def apart(self, piece: bytes) -> bool:
-        return len(piece) >= self.LONG or piece in self.whole
+        return ids, np.bincount(owners, minlength=len(pieces))
 
     def merge_apart(self, piece: bytes) -> list[int]:
-        return [self.whole[piece]] if piece in self.whole else self.merge_long(self.byte_ids[list(piece)].tolist())
+        """The ids of one pre-token: rounds as in `merge`, for as long as they make many merges each."""
+        if piece in self.whole:
+            return [self.whole[piece]]
+        ids = self.byte_ids[np.frombuffer(piece, np.uint8)]
+        owner = np.zeros(len(ids), np.int64)
+        rank = self.rank(ids, owner, np.arange(len(ids)))
+        while (lowest := rank.min()) != NEVER and 50 * len(at := np.flatnonzero(rank == lowest)) > len(ids):
+            ids, owner, rank = self.merge_at(at, ids, owner, rank)
+        return self.merge_long(ids.tolist())
 
     def merge(self, pieces: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(the ids of all pieces, in a row; to which piece each belongs).
@@ -117,7 +142,7 @@ class Encoder:
         is left are put aside.
         """
         ids = self.byte_ids[np.frombuffer(b"".join(pieces), np.uint8)]
-        owner = np.repeat(np.arange(len(pieces)), list(map(len, pieces)))
+        owner = np.repeat(np.arange(len(pieces)), np.fromiter(map(len, pieces), np.int64, len(pieces)))
         rank = self.rank(ids, owner, np.arange(len(ids)))
         done = []
         while len(ids):
@@ -129,19 +154,26 @@ class Encoder:
             if ready.any():
                 done.append((ids[ready], owner[ready]))
                 ids, owner, rank, here = ids[~ready], owner[~ready], rank[~ready], here[~ready]
-            at = every_other(np.flatnonzero(rank == here))
-            ids[at] = self.results[rank[at]]
-            stays = np.ones(len(ids), bool)
-            stays[at + 1] = False
-            ids, owner, rank = ids[stays], owner[stays], rank[stays]
-            at -= np.arange(len(at))  # so many have gone before it
-            for changed in (at, at[at > 0] - 1):
-                rank[changed] = self.rank(ids, owner, changed)
+                if not len(ids):
+                    break
+            ids, owner, rank = self.merge_at(np.flatnonzero(rank == here), ids, owner, rank)
         if not done:
             return ids, owner
         ids, owner = map(np.concatenate, zip(*done))
         order = np.argsort(owner, kind="stable")
         return ids[order], owner[order]
+
+    def merge_at(self, places, ids, owner, rank):
+        """The three after the merges at these places, where neighbours are those of (a, a) in "aaa"."""
+        places = every_other(places)
+        ids[places] = self.results[rank[places]]
+        stays = np.ones(len(ids), bool)
+        stays[places + 1] = False
+        ids, owner, rank = ids[stays], owner[stays], rank[stays]
+        places -= np.arange(len(places))  # so many have gone before it
+        changed = np.concatenate([places, places[places > 0] - 1])
+        rank[changed] = self.rank(ids, owner, changed)
+        return ids, owner, rank
 
     def rank(self, ids, owner, places):
         """The ranks of the pairs that begin at these places."""
@@ -149,7 +181,8 @@ class Encoder:
         behind = np.minimum(places + 1, len(ids) - 1)
         inside = np.flatnonzero((owner[places] == owner[behind]) & (places < behind))
         places, behind = places[inside], behind[inside]
-        found = self.ranks.find(ids[places].astype(np.uint64) << np.uint64(32) | ids[behind].astype(np.uint64))
+        left, right = ids[places].astype(np.uint64), ids[behind].astype(np.uint64)
+        found = self.ranks.find(left << np.uint64(32) | right)
         ranks[inside] = np.where(found < 0, NEVER, found)
         return ranks
 

@@ -1,9 +1,9 @@
-"""The merges of bpe.train_plain, many at a time: for those that cannot disturb each other, order is no matter.
+"""The merges of bpe.train_plain, many at a time: where they cannot disturb each other, order is no matter.
 
     >>> learn_merges({"low": 5, "lower": 2, "newest": 6, "widest": 3}, 3)
     [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
 
-The plain trainer goes over all words for each merge, and there are 32,000 of them. Nearly all could be made at
+The plain trainer goes over all words for each merge, and there are 32,000 of them. But most could be made at
 the same time. For take a pair that occurs more often than every pair that it overlaps somewhere:
 
     l o w e r      (o, w) occurs 7 times, (l, o) 6 times and (w, e) 2 times
@@ -124,10 +124,10 @@ class Words:
         """Mask of those that may lose to a pair of the same count which overlaps them.
 
         Of equal counts the greatest (bytes, bytes) goes first. So (c, d) goes before (d, y), and before any
-        (d, y…) that merging makes of it, if d < c. To go before (x, c) it needs x < c; and where pairs before
-        that one are as frequent, x may have grown to the left by then: so each token up to where they begin
-        must be smaller than c, whatever follows it. Only first tokens are compared, and of these the first
-        eight bytes: what is not decided by that waits for another round.
+        (d, y…) that merging makes of it, if d < c. To go before (x, c) it needs x < c; and where pairs
+        before that one are as frequent, x may have grown to the left by then: so each token up to where they
+        begin must be smaller than c, whatever follows it. Only first tokens are compared, and of these the
+        first eight bytes: what is not decided by that waits for another round.
 
         One more care: where c itself was merged at this very count, (c, d) had to wait for that; so what
         counts is the smallest of the two, and so on back (`waited`).

@@ -1,11 +1,11 @@
 """Where text is cut into pre-tokens, seen for a million characters at once; and a number for each piece.
 
-A split pattern looks at one character after another. But whether text is cut in front of a character can nearly
-always be told from what kind of character it is, and what kinds its neighbours are: between a letter and a
-space it is, between two letters it is not. So numpy looks up all cuts at once. Where three characters do not
-suffice (before an apostrophe, within long numbers), the text is left uncut. What lies between two cuts is a
-segment: a pre-token in nearly all cases, and a few in the others. The pattern then has to look at each different
-segment once.
+A split pattern looks at one character after another. But whether text is cut in front of a character can
+nearly always be told from what kind of character it is, and what kinds its neighbours are: between a letter
+and a space it is, between two letters it is not. So numpy looks up all cuts at once. Where three characters do
+not suffice (within a long number, between a sign and letters), the text is left uncut. What lies between two
+cuts is a segment: a pre-token in nearly all cases, and a few in the others. The pattern then has to look at
+each different segment once.
 
     "It isn't 12345!"  ->  "It" " isn" "'t" " " "12345" "!"  ->  numbers 0 1 2 3 4 5  ->  "12345" is 123 45
 
@@ -14,6 +14,7 @@ pattern must make the same of the text before the cut if it sees nothing behind.
 short texts of characters that patterns tell apart.
 """
 import functools
+from collections import Counter
 
 import numpy as np
 import regex
@@ -24,19 +25,23 @@ KIND = regex.compile(r"(?P<n>[\r\n])|(?P<_>\s)|(?P<L>\p{L})|(?P<N>\p{N})|(?P<M>\
 VISIBLE, ANY = "LNM'S", KINDS
 
 # Text is cut between a character of the first kinds and one of the second, if one of the third comes next
-LLAMA3 = (
+CL100K = (
     (VISIBLE, "_", ANY),  # a blank goes with what is behind it
     ("L", "NM'Sn", ANY), ("N", "LM'Sn", ANY), ("M'S", "N", ANY),  # but a sign may go with letters behind it
     ("n", VISIBLE, ANY),
-    ("_n", "_", VISIBLE),  # of several blanks the last, which goes with the word behind
 )
-CL100K = LLAMA3[:-1]  # its \s++$ takes all blanks of what it is shown
+LLAMA3 = (*CL100K,  # that has \s++$ besides, which takes all blanks in a row if it is shown nothing more
+          ("_n", "_", VISIBLE),  # of several blanks the last, which goes with the word behind
+          ("_", "N", ANY))       # but not with a number
 QWEN = (*LLAMA3, ("N", "N", ANY))
 GPT2 = ((VISIBLE, "_n", ANY), ("L", "NM'S", ANY), ("N", "LM'S", ANY), ("M'S", "N", ANY), ("MS", "L", ANY),
         ("_n", "_n", VISIBLE), ("n", VISIBLE, ANY))
 DIGITS = (*GPT2[:-2], ("N", "N", ANY), ("_n", "_n", "LM'S"), ("_n", "N", ANY), ("n", "LM'S", ANY))
 O200K = ((VISIBLE, "_", ANY), ("L", "NSn", ANY), ("N", "LM'Sn", ANY), ("M'S", "N", ANY), ("n", "LN", ANY),
-         ("_n", "_", VISIBLE))
+         ("_n", "_", VISIBLE), ("_", "N", ANY))
+
+
+BEYOND = b"\xff" * 8  # stands behind all bytes, so that eight can be read from each on
 
 
 def table_of(rule) -> bytes:
@@ -84,16 +89,16 @@ class Kinds:
 kinds_of = functools.cache(Kinds)
 
 
-def cut(texts: list[str], table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(bytes, bounds, first): all texts in UTF-8, 8 bytes 0xFF behind; where segments begin, and the last ends; and the
-    number of each text's first segment, and how many there are.
+def cut(texts: list[str], table: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes, bounds, first): all texts in UTF-8, with BEYOND behind; where each segment begins, and the last
+    one ends; and which is each text's first segment, and how many there are.
 
     Texts without lone surrogates. No segment is part of two texts; the last one may become longer with
     text behind it, all others stay.
     """
     text = "".join(texts)
-    ends = np.cumsum([len(text) for text in texts])
-    data = np.frombuffer(text.encode() + b"\xff" * 8, np.uint8)
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    data = np.frombuffer(text.encode() + BEYOND, np.uint8)
     kinds = np.zeros(len(text) + 2, np.uint8)
     kinds[1:-1] = kinds_of()(text)
     wanted = looked_up(kinds[:-2] * 8 + kinds[1:-1], table)
@@ -109,6 +114,18 @@ def cut(texts: list[str], table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     return data, bounds, first
 
 
+def spell(data, bounds, which) -> list[bytes]:
+    """The bytes of those segments."""
+    data = data.tobytes()
+    return [data[begin:end] for begin, end in zip(bounds[which].tolist(), bounds[which + 1].tolist())]
+
+
+def first_of(numbers, wanted) -> np.ndarray:
+    """Where each of the numbers n for which wanted[n] is true comes first. -1 is none of them."""
+    places = np.flatnonzero(wanted[numbers] & (numbers >= 0))
+    return places[np.unique(numbers[places], return_index=True)[1]]
+
+
 def grown(array, size: int) -> np.ndarray:
     """The array, with zeros behind it if it is shorter than `size`: then twice as long, so this is rare."""
     if len(array) >= size:
@@ -117,7 +134,7 @@ def grown(array, size: int) -> np.ndarray:
 
 
 class Numbering:
-    """A number for each different uint64, in order of arrival: a hash table that is asked for many at once."""
+    """A number for each different uint64, from 0 on: a hash table that is asked for many at once."""
     EMPTY = np.uint64(2 ** 64 - 1)  # no key
 
     def __init__(self):
@@ -179,13 +196,13 @@ class Segments:
     A number stands for up to eight bytes; with more of them, for the number of the bytes so far and that of
     the next eight. No hash stands in for the bytes, so different segments have different numbers.
     """
-    LONGEST = 64  # bytes of a segment that is numbered
+    LONGEST = 128  # bytes of a segment that is numbered
 
     def __init__(self):
-        self.numbering, self.seen = Numbering(), np.zeros(1 << 16, bool)
+        self.numbering = Numbering()
 
     def numbers(self, data, bounds):
-        """(the number of each segment, or -1 for those that are too long; which segments are first of theirs)."""
+        """The number of each segment; -1 for those that are too long."""
         starts, lengths = bounds[:-1], np.diff(bounds)
         words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # the eight bytes from each on
 
@@ -201,15 +218,42 @@ class Segments:
             numbers[going_on] = self.numbering.find_or_add(pairs)
             done += 8
             going_on = going_on[lengths[going_on] > done]
-        self.seen = grown(self.seen, self.numbering.size)
         numbers[lengths > self.LONGEST] = -1
-        new = np.flatnonzero(~self.seen[numbers] & (numbers >= 0))
-        _, first = np.unique(numbers[new], return_index=True)
-        self.seen[numbers[new]] = True
-        return numbers, new[first]
+        return numbers
 
 
 # 0xFF for the bytes behind a segment's end, where another one stands; and what begins a number for more than
 # eight bytes. Neither 0xFF nor 0xFE stands in UTF-8, so no two of these are the same.
 BEHIND = np.array([(1 << 64) - (1 << 8 * length) for length in range(9)], np.uint64)
 LONGER = np.uint64(0xFE << 56)
+
+
+class SegmentCounter:
+    """How often each segment occurs in texts. What it has seen it knows again, but not in another process."""
+    SIZE = 1 << 19  # numbers after which all is forgotten, about 60 MB
+
+    def __init__(self, rule):
+        self.rule, self.table = rule, table_of(rule)
+        self.forget()
+
+    def __reduce__(self):
+        return SegmentCounter, (self.rule,)
+
+    def forget(self):
+        self.segments, self.seen = Segments(), np.zeros(1 << 16, bool)
+        self.spelled = np.zeros(1 << 16, object)  # number -> segment
+
+    def __call__(self, texts: list[str]) -> Counter:
+        if self.segments.numbering.size > self.SIZE:
+            self.forget()
+        data, bounds, _ = cut(texts, self.table)
+        numbers = self.segments.numbers(data, bounds)
+        counts = Counter(map(bytes.decode, spell(data, bounds, np.flatnonzero(numbers < 0))))
+        frequency = np.bincount(numbers[numbers >= 0], minlength=1)
+        self.seen, self.spelled = (grown(array, len(frequency)) for array in (self.seen, self.spelled))
+        new = first_of(numbers, ~self.seen)
+        self.seen[numbers[new]] = True
+        self.spelled[numbers[new]] = list(map(bytes.decode, spell(data, bounds, new)))
+        here = np.flatnonzero(frequency)
+        counts.update(dict(zip(self.spelled[here].tolist(), frequency[here].tolist())))
+        return counts

@@ -26,6 +26,7 @@ from cuts import grown
 
 BYTES = [bytes([value]) for value in range(256)]
 END = 255  # stands between words, as a byte and as a token: no text in UTF-8 has this byte
+TURNED = bytes(range(255, -1, -1))
 NO_PAIR = 0  # the number of what is no pair: a place at the end of a word, or merged away. Its count is 0
 
 
@@ -50,12 +51,11 @@ class Words:
     """
 
     def __init__(self, pieces: dict[str, int]):
-        words = [piece.encode() for piece in pieces]
-        row = END.to_bytes() + b"".join([word + END.to_bytes() for word in words])
-        self.token = np.frombuffer(row, np.uint8).astype(np.int32)
-        lengths = np.array([len(word) + 1 for word in words], np.int64)
-        counts = np.fromiter(pieces.values(), np.int64, len(pieces))
-        self.weight = np.concatenate([[0], np.repeat(counts, lengths)])
+        end = bytes([END])
+        row = np.frombuffer(end + end.join(map(str.encode, pieces)) + end, np.uint8)
+        self.token = row.astype(np.int32)
+        lengths = np.diff(np.flatnonzero(row == END))
+        self.weight = np.append(0, np.repeat(np.fromiter(pieces.values(), np.int64, len(pieces)), lengths))
         places = np.arange(len(row), dtype=np.int32)
         self.before, self.after = np.maximum(places - 1, 0), np.minimum(places + 1, len(row) - 1)
         self.pair = np.zeros(len(row), np.int32)
@@ -73,7 +73,7 @@ class Words:
         inside = (left != END) & (right != END)
         self.pair[places[~inside]] = NO_PAIR
         places, left, right = places[inside], left[inside], right[inside]
-        keys, numbers = np.unique(left.astype(np.int64) << 32 | right, return_inverse=True)
+        keys, numbers = self.distinct(left, right)
         start, self.pairs = self.pairs, self.pairs + len(keys)
         self.left, self.right, self.count = (
             grown(array, self.pairs) for array in (self.left, self.right, self.count))
@@ -81,6 +81,17 @@ class Words:
         self.count[start:self.pairs] = np.bincount(numbers, self.weight[places], len(keys))
         self.pair[places] = start + numbers
         return places
+
+    def distinct(self, left, right):
+        """As np.unique of left << 32 | right, and which of these each is."""
+        if len(self.tokens) > len(BYTES):
+            return np.unique(left.astype(np.int64) << 32 | right, return_inverse=True)
+        keys = left << 8 | right  # at the beginning they are many, but small: no need to sort them
+        numbers = np.zeros(1 << 16, np.int32)
+        numbers[keys] = 1
+        found = np.flatnonzero(numbers)
+        numbers[found] = np.arange(len(found))
+        return found >> 8 << 32 | found & 0xFF, numbers[keys]
 
     def next_threshold(self, number) -> int:
         """The count down to which all is merged next: some hundred more merges at first, then thousands.
@@ -214,7 +225,7 @@ def in_order(made, tokens):
     there.
     """
     def turned(token):  # heapq gives the smallest first: byte b becomes character 255 - b, and an end above
-        return "".join([chr(255 - value) for value in tokens[token]]) + chr(256)  # all puts "ab" before "a"
+        return tokens[token].translate(TURNED).decode("latin-1") + chr(256)  # all puts "ab" before "a"
 
     for _, merges in groupby(sorted(made, reverse=True), key=lambda merge: merge[0]):
         merges = list(merges)

@@ -3,10 +3,10 @@
     texts -> segments, numbered (cuts.py) -> by number: where its ids stand in a pool -> all of them, copied
 
 A text of a million characters has 180,000 segments, and 15,000 different ones. What is done for each of
-the many is done in numpy for all at once. New segments are cut by the pattern, and their pre-tokens are merged
-side by side.
+the many is done in numpy for all at once. New segments are cut by the pattern, and their pre-tokens are
+merged side by side.
 """
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Encoder:
     """
     SIZE = 1 << 19  # numbers after which all is forgotten, about 60 MB; the frequent segments are soon back
     LONG = 256  # bytes of a pre-token that is merged by itself
+    FEW = 1000  # ids of which the last rounds are not made in numpy
 
     def __init__(self, rule, findall, byte_ids, pairs, results, whole, merge_long):
         self.table, self.findall, self.merge_long = cuts.table_of(rule), findall, merge_long
@@ -139,13 +140,13 @@ class Encoder:
         """(the ids of all pieces, in a row; to which piece each belongs).
 
         Each round makes the lowest merge of each piece, wherever it can be made there. Pieces in which none
-        is left are put aside.
+        is left are put aside; when few go on, the longest ones, they are merged one by one.
         """
         ids = self.byte_ids[np.frombuffer(b"".join(pieces), np.uint8)]
         owner = np.repeat(np.arange(len(pieces)), np.fromiter(map(len, pieces), np.int64, len(pieces)))
         rank = self.rank(ids, owner, np.arange(len(ids)))
         done = []
-        while len(ids):
+        while len(ids) > self.FEW:
             begins = np.flatnonzero(np.diff(owner, prepend=-1))
             lengths = np.diff(begins, append=len(ids))
             lowest = np.minimum.reduceat(rank, begins)
@@ -154,9 +155,11 @@ class Encoder:
             if ready.any():
                 done.append((ids[ready], owner[ready]))
                 ids, owner, rank, here = ids[~ready], owner[~ready], rank[~ready], here[~ready]
-                if not len(ids):
-                    break
             ids, owner, rank = self.merge_at(np.flatnonzero(rank == here), ids, owner, rank)
+        bounds = np.append(np.flatnonzero(np.diff(owner, prepend=-1)), len(ids))
+        for begin, end in pairwise(bounds.tolist()):
+            last = self.merge_long(ids[begin:end].tolist())
+            done.append((np.array(last, np.int32), np.full(len(last), owner[begin])))
         if not done:
             return ids, owner
         ids, owner = map(np.concatenate, zip(*done))

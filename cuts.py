@@ -2,10 +2,10 @@
 
 A split pattern looks at one character after another. But whether text is cut in front of a character can
 nearly always be told from what kind of character it is, and what kinds its neighbours are: between a letter
-and a space it is, between two letters it is not. So numpy looks up all cuts at once. Where three characters do
-not suffice (within a long number, between a sign and letters), the text is left uncut. What lies between two
-cuts is a segment: a pre-token in nearly all cases, and a few in the others. The pattern then has to look at
-each different segment once.
+and a space it is, between two letters it is not. So numpy looks up all cuts at once. Where three characters
+do not suffice (within a long number, between a sign and letters), the text is left uncut. What lies between
+two cuts is a segment: a pre-token in nearly all cases, and a few in the others. The pattern then has to look
+at each different segment once.
 
     "It isn't 12345!"  ->  "It" " isn" "'t" " " "12345" "!"  ->  numbers 0 1 2 3 4 5  ->  "12345" is 123 45
 

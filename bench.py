@@ -3,6 +3,7 @@
     python bench.py                       # training, loss, sharding, decoding; six minutes on two cores
     python bench.py --only training       # one of these, or:
     python bench.py --only decoding       # tokens a second of generate; three minutes
+    python bench.py --only bpe            # tokenizers trained and texts encoded; some minutes
     python bench.py --only lora           # adapters beside peft's; peaks of full, LoRA and QLoRA training
     python bench.py --only dpo            # a step on preferences beside TRL's, its memory; three minutes
     python bench.py --only dedup          # near-duplicates beside datasketch, repeated passages; a minute
@@ -15,6 +16,7 @@ machine that does other work at the same time spoils it. What was measured, and 
 """
 import functools
 import gc
+import json
 import os
 import statistics
 import subprocess
@@ -31,11 +33,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import bench_bpe
 import dpo
 import train
+from bench_bpe import resident_peak
 from bpe import Tokenizer
 from checkpoint import load_model, save_model
-from config import UserError, parse, require, run
+from config import UserError, open_whole, parse, require, run
 from dedup import curve_line, near_duplicates
 from generation import Packed
 from lora import add_lora, merge_lora, quantize_model, remove_lora
@@ -50,10 +54,11 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "decoding", "lora", "dpo", "dedup", "scale",
+    only: Literal["all", "training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "dedup", "scale",
                   "memory", "gpu", "held"] = "all"  # training, loss, sharding and decoding
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
+    json: str = ""  # a file for the figures of bpe, too
 
     def __post_init__(self):
         require(self, rounds=(1, None), threads=(1, None))
@@ -64,11 +69,14 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "lora": adapters, "dpo": preferences, "dedup": dedup, "scale": scale, "memory": memory,
+                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "dedup": dedup,
+                "scale": scale, "memory": memory,
                 "gpu": gpu, "held": held_bytes}
     chosen = [training, loss, sharding, decoding] if settings.only == "all" else [measures[settings.only]]
-    for measure in chosen:
-        measure(settings.rounds)
+    figures = [row for measure in chosen for row in measure(settings.rounds) or ()]
+    if settings.json:
+        with open_whole(settings.json, "w") as file:
+            json.dump(figures, file, indent=1)
 
 
 def alternate(rounds: int, **sides) -> dict[str, float]:
@@ -210,18 +218,6 @@ def printed_by_a_fresh_process(code: str, **environment) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=os.path.dirname(os.path.abspath(__file__)), env={**os.environ, **environment})
     return done.stdout
-
-
-def resident_peak(line: str = "VmHWM") -> int:
-    """The most bytes that this process has had in memory. (Linux's getrusage includes who started it.)
-
-    line: "VmRSS" for what it has now; only Linux says that.
-    """
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status", encoding="utf-8") as file:
-            return next(int(entry.split()[1]) * 1024 for entry in file if entry.startswith(line))
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- peak memory, estimated and measured ------------------------------------------------------------------

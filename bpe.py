@@ -8,8 +8,10 @@
 Byte-pair encoding starts from single symbols and joins the most frequent neighbours, again and again (Gage
 1994; for translation, Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). GPT-2 (Radford et al. 2019)
 made the symbols bytes: 256 of them spell every text, so none is unknown and nothing is normalised away.
-`train_plain` is the whole idea; `Tokenizer.train` learns the same merges in seconds. Files are the
-`tokenizer.json` of Hugging Face tokenizers.
+`train_plain` is the whole idea. `Tokenizer.train` learns the same merges in seconds (bpe_train.py), as texts
+have few different pre-tokens and most merges do not disturb each other. Encoding is written out plainly too,
+but long texts take the way of cuts.py and bpe_encode.py, to the same ids. Files are the `tokenizer.json` of
+Hugging Face tokenizers.
 
     >>> tokenizer = Tokenizer.train(["low lower lowest"], vocab_size=256 + 3)
     >>> tokenizer.merges
@@ -32,7 +34,7 @@ import sysconfig
 import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,6 +47,9 @@ import regex
 from tqdm import tqdm
 
 import config
+import cuts
+from bpe_encode import Encoder
+from bpe_train import learn_merges
 from config import UserError
 
 # Where text is cut before anything is merged: the first of these that matches. Without cuts, "dog." "dog!"
@@ -61,6 +66,9 @@ PATTERN = "|".join([
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2's: digits are taken out one by one first, so spaces before one stand at the end of their text
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+# The patterns whose cuts cuts.py knows; others do the same, slower. Qwen's takes each digit by itself.
+RULES = {PATTERN: cuts.LLAMA3, PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): cuts.QWEN, GPT2_PATTERN: cuts.GPT2,
+         DIGITS_PATTERN: cuts.DIGITS}
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # GPT-2's, Qwen's and ours; Llama 3's; Llama 2's
 BYTES = [bytes([value]) for value in range(256)]
 
@@ -111,78 +119,6 @@ def too_large(vocab_size, merges, special_tokens):
     most = 256 + len(merges) + len(special_tokens)
     return UserError(f"vocab_size {vocab_size} is more than this text gives: at most {most} (256 bytes, "
                      f"{len(merges)} merges, {len(special_tokens)} special tokens); lower it, or add text")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The same merges, much sooner: a text has few different words, and a merge changes few of them
-
-
-def learn_merges(pieces: dict[str, int], number: int) -> list[tuple[bytes, bytes]]:
-    """The first `number` merges of pre-tokens that occur so many times; fewer where no pair is left.
-
-    A word is a str whose characters are token ids: chr(97) is the byte "a", chr(256) the first merge. So
-    str.split and str.join do the merging, in C, and the ends of the parts between are the neighbours whose
-    pairs change.
-    """
-    words = [piece.encode().decode("latin-1") for piece in pieces]  # latin-1: byte n becomes character n
-    word_counts, tokens, merges = list(pieces.values()), list(BYTES), []
-    counts = defaultdict(int)   # pair -> how often it occurs
-    where = defaultdict(list)   # pair -> the indices of the words that may hold it
-    for index, word in enumerate(words):
-        for pair in map(str.__add__, word, word[1:]):
-            counts[pair] += word_counts[index]
-            where[pair].append(index)
-
-    # heapq gives the smallest first, and wanted are the most frequent, then the greatest bytes. So both are
-    # turned round: byte b becomes character 255 - b, and an end above all of them puts "ab" before "a".
-    order = [chr(255 - value) + chr(256) for value in range(256)]
-
-    def entry(pair):
-        return -counts[pair], order[ord(pair[0])], order[ord(pair[1])], pair
-
-    heap = [entry(pair) for pair in counts]
-    heapq.heapify(heap)
-    with tqdm(total=number, desc="learn merges", unit=" merges", delay=1, disable=None) as bar:
-        while heap and len(merges) < number:
-            negative, _, _, pair = heapq.heappop(heap)
-            if counts[pair] != -negative:  # some were merged otherwise since: it goes where it belongs now
-                if counts[pair]:
-                    heapq.heappush(heap, entry(pair))
-                continue
-            new, (left, right) = chr(len(tokens)), map(ord, pair)
-            merges.append((tokens[left], tokens[right]))
-            tokens.append(tokens[left] + tokens[right])
-            order.append(order[left][:-1] + order[right])
-            for born in merge_words(words, word_counts, counts, where, pair, new):
-                heapq.heappush(heap, entry(born))
-            bar.update()
-    return merges
-
-
-def merge_words(words, word_counts, counts, where, pair, new) -> set[str]:
-    """Merge the pair into the token `new` in all words, update counts and where, and return the new pairs."""
-    a, b = pair
-    born = set()
-    for index in where.pop(pair):
-        parts = words[index].split(pair)
-        if len(parts) == 1:  # gone: another merge took it, or the index stood in the list twice
-            continue
-        words[index] = new.join(parts)
-        changes = []
-        for i, (before, after) in enumerate(pairwise(parts)):  # before a b after  ->  before new after
-            if before:
-                changes.append((before[-1] + a, before[-1] + new))
-            elif i:  # a b a b  ->  new new
-                changes.append((b + a, new + new))
-            if after:
-                changes.append((b + after[0], new + after[0]))
-        for old, now in changes:
-            counts[old] -= word_counts[index]
-            counts[now] += word_counts[index]
-            where[now].append(index)
-            born.add(now)
-    del counts[pair]
-    return born
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -249,7 +185,11 @@ def normalize_stream(chunks: Iterable[str]) -> Iterator[str]:
 
 def split(text: str, pattern: str) -> Iterator[list[str]]:
     """Lists of the pre-tokens of a text, a window at a time: all of them take 20 times the text's memory."""
-    return split_stream((text[i:i + WINDOW] for i in range(0, len(text), WINDOW)), pattern)
+    return split_stream(windows(text), pattern)
+
+
+def windows(text: str) -> Iterator[str]:
+    return (text[i:i + WINDOW] for i in range(0, len(text), WINDOW))
 
 
 def checked_text(text) -> str:
@@ -282,6 +222,33 @@ def count_pieces(cut, texts) -> Counter:
     return counts
 
 
+def count_pieces_soon(cut, texts, workers) -> Counter:
+    """count_pieces of any number of texts, in processes; of a pattern whose cuts are known, in less time."""
+    pattern, special_tokens = cut
+    counts, rule = Counter(), RULES.get(pattern)
+    if rule is None:
+        for some in in_processes(count_pieces, cut, batches(texts), workers):
+            counts.update(some)
+        return counts
+    segments = Counter()
+    counter = special_tokens, cuts.SegmentCounter(rule)
+    for some in in_processes(count_segments, counter, batches(texts), workers):
+        segments.update(some)
+    findall = compile_pattern(pattern).findall
+    while segments:
+        segment, count = segments.popitem()
+        for piece in findall(segment):
+            counts[piece] += count
+    return counts
+
+
+def count_segments(counter, texts) -> Counter:
+    """How often each segment (cuts.py) occurs. counter: (special_tokens, cuts.SegmentCounter)."""
+    special_tokens, count = counter
+    special = compile_special(special_tokens)
+    return count([part for text in texts for part in special.split(text)] if special_tokens else texts)
+
+
 def matches_empty(pattern):
     return UserError(f"the split pattern {pattern!r} matches the empty text, so it loses text; write + for *")
 
@@ -311,11 +278,12 @@ def merge_ids(ids: list[int], ranks: dict, results: list[int]) -> list[int]:
 def merge_long(ids: list[int], ranks: dict, results: list[int]) -> list[int]:
     """What merge_ids gives, in n log n steps: the merges wait in a heap, the ids stand in a linked list."""
     ids = [*ids, None]  # None: the end, or an id merged into the one before it; no pair with None has a rank
+    size = len(ids)
     left, right = list(range(-1, len(ids) - 1)), [*range(1, len(ids)), len(ids) - 1]
-    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
+    heap = [ranks[pair] * size + i for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)
     while heap:
-        rank, i = heapq.heappop(heap)
+        rank, i = divmod(heapq.heappop(heap), size)
         j = right[i]
         if ranks.get((ids[i], ids[j])) != rank:  # one of the two has been merged since
             continue
@@ -324,11 +292,12 @@ def merge_long(ids: list[int], ranks: dict, results: list[int]) -> list[int]:
         for k in (left[i], i):
             pair = ids[k], ids[right[k]]
             if pair in ranks:
-                heapq.heappush(heap, (ranks[pair], k))
+                heapq.heappush(heap, ranks[pair] * size + k)
     return [id for id in ids if id is not None]
 
 
 LONG = 256  # bytes of a pre-token from which on merge_long is the faster
+LONG_TEXT = 2000  # characters from which on bpe_encode.py is the faster
 
 
 class PieceCache(dict):
@@ -388,6 +357,15 @@ class Tokenizer:
         self._special = compile_special(self.special_tokens)
         self._cache = PieceCache(self._encode_piece)
 
+    @functools.cached_property
+    def _encoder(self) -> Encoder | None:
+        """What encodes long texts, to the same ids; None for a pattern whose cuts are not known."""
+        if self.pattern not in RULES:
+            return None
+        return Encoder(RULES[self.pattern], compile_pattern(self.pattern).findall, self._byte_ids,
+                       self._ranks, self._results, self._whole,
+                       functools.partial(merge_long, ranks=self._ranks, results=self._results))
+
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=(), pattern=PATTERN, workers=None):
         """A tokenizer of vocab_size tokens, special ones included, from texts: an iterable of str, read once.
@@ -401,10 +379,8 @@ class Tokenizer:
         if not smallest.vocab_size <= vocab_size <= most:
             raise UserError(f"vocab_size {vocab_size} is out of range; 256 bytes and {len(special_tokens)} "
                             f"special tokens need {smallest.vocab_size}, and {most} is the most")
-        pieces, number = Counter(), vocab_size - smallest.vocab_size
-        for counts in in_processes(count_pieces, (pattern, special_tokens), batches(texts), workers):
-            pieces.update(counts)
-        merges = learn_merges(pieces, number)
+        number = vocab_size - smallest.vocab_size
+        merges = learn_merges(count_pieces_soon((pattern, special_tokens), texts, workers), number)
         if len(merges) < number:
             raise too_large(vocab_size, merges, special_tokens)
         return cls(merges, special_tokens, pattern)
@@ -418,6 +394,8 @@ class Tokenizer:
         text = checked_text(text)
         if not allow_special:
             text = unicodedata.normalize("NFC", text) if self.nfc else text
+            if len(text) >= LONG_TEXT and self._encoder:
+                return np.concatenate([*self._encoder.stream(windows(text), WINDOW)]).tolist()
             return list(chain.from_iterable(map(self._ids, split(text, self.pattern))))
         ids, end = [], 0
         for match in self._special.finditer(text):
@@ -437,8 +415,22 @@ class Tokenizer:
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[int]:
         """The ids of a text that comes in chunks: encode("".join(chunks)), in the memory of a window."""
-        for pieces in split_stream(normalize_stream(chunks) if self.nfc else chunks, self.pattern):
-            yield from self._ids(pieces)
+        chunks = normalize_stream(chunks) if self.nfc else map(checked_text, chunks)
+        if self._encoder:
+            for ids in self._encoder.stream(chunks, WINDOW):
+                yield from ids.tolist()
+        else:
+            for pieces in split_stream(chunks, self.pattern):
+                yield from self._ids(pieces)
+
+    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text; all texts at once, if none is so long that it had better go in windows."""
+        if not self._encoder or sum(map(len, texts)) < LONG_TEXT or max(map(len, texts)) > 2 * WINDOW:
+            return [np.array(self.encode(text), self.dtype) for text in texts]
+        if self.nfc:
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
+        ids, first = self._encoder.encode(texts)
+        return [ids[begin:end].astype(self.dtype) for begin, end in pairwise(first.tolist())]
 
     def _ids(self, pieces: list[str]) -> Iterator[int]:
         return chain.from_iterable(map(self._cache.__getitem__, pieces))  # in C, but for new words
@@ -754,7 +746,7 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def encode_texts(tokenizer, texts) -> list[np.ndarray]:
-    return [np.array(tokenizer.encode(text), tokenizer.dtype) for text in texts]
+    return tokenizer._encode_texts(texts)
 
 
 def in_processes(function, context, batches, workers) -> Iterator:
@@ -823,13 +815,17 @@ class Settings:
         config.require(self, workers=(1, None))
 
 
+def library_files() -> list[Path]:
+    """The source of Python's standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts]
+
+
 def main():
     settings = config.parse(Settings)
     if Path(settings.out).exists() and not settings.overwrite:
         raise UserError(f"{settings.out} exists; pass --overwrite to replace it, or another --out")
-    library = Path(sysconfig.get_path("stdlib"))
-    paths = list(map(Path, settings.input)) or [path for path in sorted(library.rglob("*.py"))
-                                                if "site-packages" not in path.parts]
+    paths = list(map(Path, settings.input)) or library_files()
     files = tqdm(paths, "read", unit=" files", delay=1, disable=None)
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)
     start = time.perf_counter()

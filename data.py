@@ -365,9 +365,9 @@ def join_parts(work: Work, folder: Path, split: str, counts: list[dict], itemsiz
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int, np.ndarray]:
     """Return (texts, bytes, ids of them in a row, end-of-text after each). Runs in worker processes."""
-    end = end_of_text_id(tokenizer)
-    ids = [id for text in texts for id in (*tokenizer.encode(text), end)]
-    return len(texts), sum(len(text.encode("utf-8")) for text in texts), np.array(ids, tokenizer.dtype)
+    end = np.array([end_of_text_id(tokenizer)], tokenizer.dtype)
+    ids = [part for array in bpe.encode_texts(tokenizer, texts) for part in (array, end)]
+    return len(texts), sum(len(text.encode("utf-8")) for text in texts), np.concatenate([end[:0], *ids])
 
 
 def compressed_bits_per_byte(path: Path, limit: int = 64 * 2**20) -> dict:

@@ -115,8 +115,8 @@ def test_any_number_of_processes_and_any_order_give_the_same_merges(corpus):
     assert Tokenizer.train(corpus, 1000, [END], workers=3).fingerprint == alone.fingerprint
 
 
-def test_the_heap_picks_the_most_frequent_pair_at_every_step(corpus):
-    """Many merges, so that counts fall while entries wait: recounted each time, each is the maximum."""
+def test_each_merge_is_that_of_the_most_frequent_pair_at_its_step(corpus):
+    """Many merges, of which rounds make many at once: recounted each time, each is the maximum."""
     pieces = bpe.count_pieces((PATTERN, ()), corpus[:2])
     words = {piece: [bytes([value]) for value in piece.encode()] for piece in pieces}
     for best in learn_merges(pieces, 300):
@@ -252,12 +252,12 @@ def test_long_words_give_what_short_ones_do(tokenizer):
             merge_ids(list(ids), tokenizer._ranks, tokenizer._results)
 
 
-def test_200_000_equal_characters_encode_in_seconds():
+def test_200_000_equal_characters_encode_in_less_than_a_second():
     tokenizer = Tokenizer.train(["a" * 1024 + " " * 1024], 256 + 18)
     for character in "a ":
         start = time.process_time()
         ids = tokenizer.encode(character * 200_000)
-        assert time.process_time() - start < 10, "quadratic in the pre-token's length"  # 0.9 s; else 100 s
+        assert time.process_time() - start < 1, "quadratic in the pre-token's length?"  # 0.08 s
         assert tokenizer.decode(ids) == character * 200_000
 
 

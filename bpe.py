@@ -63,7 +63,7 @@ PATTERN = "|".join([
 ])
 PATTERNS = {
     "llama3": PATTERN,
-    "cl100k": PATTERN.replace(r"\s*[\r\n]+", r"\s++$|\s*[\r\n]+"),  # at the end of a text spaces stay together
+    "cl100k": PATTERN.replace(r"\s*[\r\n]+", r"\s++$|\s*[\r\n]+"),  # spaces at a text's end stay together
     "qwen": PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),  # each digit by itself
     "gpt2": GPT2_PATTERN,
     "o200k": "|".join([  # GPT-4o's: words end where capitals begin, marks belong to them, and so do endings
@@ -221,12 +221,13 @@ def check_pattern(pattern) -> str:
     """The pattern, if it compiles and loses no text; UserError if not. What cuts is compile_pattern's."""
     compiled = compile_pattern(pattern)
     if compiled.flags & regex.REVERSE or regex.search(r"(?<!\\)(?:\\\\)*\\K", pattern):
-        raise UserError(f"the split pattern {pattern!r} goes backwards or drops what stands before \\K, so it "
-                        f"loses text")
+        raise UserError(f"the split pattern {pattern!r} goes backwards, or leaves out what stands before its "
+                        f"\\K, so it loses text")
     if compiled.fullmatch("") or "" in (pieces := compiled.findall(PROBE)):
         raise matches_empty(pattern)
     if "".join(pieces) != PROBE:
-        raise UserError(f"the split pattern {pattern!r} loses text: the pieces of {PROBE!r:.40}… do not make it up")
+        raise UserError(f"the split pattern {pattern!r} loses text: the pieces of {PROBE!r:.40}… are not all "
+                        f"of it")
     return pattern
 
 
@@ -375,16 +376,17 @@ class Tokenizer:
 
     merges: list of (bytes, bytes), in order of creation. special_tokens: texts, which get the ids behind the
     merges, or {text: id}. pattern: a regular expression of the `regex` package, whose matches are the
-    pre-tokens, or the name of one of PATTERNS. vocab: {id: bytes} for the bytes and merges of a tokenizer that numbers them otherwise
-    (GPT-2's). nfc: text is brought into Unicode's form NFC first (Qwen's), and comes back in it.
-    ignore_merges: a pre-token that is a token is not merged from its bytes (Llama 3's). shown: those of the
-    special tokens that a reader is meant to see (Qwen3's <think>), which is only recorded here. flags: {special
-    token: names} of what it does where it is allowed: lstrip and rstrip take the spaces before and behind it
-    away, a single_word is not found inside a word, a normalized one is looked for last, in the text's NFC.
-    Attributes: merges, pattern, nfc, ignore_merges, shown, flags; special_tokens {text: id}; vocab {id: bytes},
-    special tokens included; vocab_size, the rows of an embedding; dtype, the smallest numpy type for the ids:
-    uint16 for up to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens, a token or id
-    that stands twice, an empty special token, a bad pattern.
+    pre-tokens, or the name of one of PATTERNS. vocab: {id: bytes} for the bytes and merges of a tokenizer
+    that numbers them otherwise (GPT-2's). nfc: text is brought into Unicode's form NFC first (Qwen's), and
+    comes back in it. ignore_merges: a pre-token that is a token is not merged from its bytes (Llama 3's).
+    shown: those of the special tokens that a reader is meant to see (Qwen3's <think>), which is only recorded
+    here. flags: {special token: names} of what it does where it is allowed: lstrip and rstrip take away the
+    spaces before and behind it, a single_word is not found inside a word, a normalized one is looked for
+    last, in the text's NFC.
+    Attributes: merges, pattern, nfc, ignore_merges, shown, flags; special_tokens {text: id}; vocab
+    {id: bytes}, special tokens included; vocab_size, the rows of an embedding; dtype, the smallest numpy type
+    for the ids: uint16 for up to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens,
+    a token or id that stands twice, an empty special token, a bad pattern.
     """
     # What a model's folder says beside tokenizer.json, and is written into the next one:
     bos_token = None  # the special token that stands before every text (Llama's); `encode` adds none
@@ -462,7 +464,7 @@ class Tokenizer:
             yield from self._ids(pieces)
 
     def _encode_between(self, text: str, added: list) -> list[int]:
-        """The ids of a text with the special tokens that the first of `added` finds, then those of the rest."""
+        """The ids of a text with the special tokens that the first of `added` finds, then of the rest."""
         if not added:
             return self.encode(text)
         (found, special_ids, nfc), *rest = added
@@ -544,14 +546,16 @@ class Tokenizer:
         cut = self.pattern, tuple(self.special_tokens)
         for counts in in_processes(count_pieces, cut, batches(texts), workers):
             pieces.update(counts)
-        words = [[vocab[id] for id in self._encode_piece(piece)] for piece in pieces]
-        merges = learn_further(words, list(pieces.values()), set(vocab.values()), new_tokens)
+        place = {id: chr(i) for i, id in enumerate(vocab)}
+        words = ["".join([place[id] for id in self._encode_piece(piece)]) for piece in pieces]
+        merges = learn_further(words, list(pieces.values()), list(vocab.values()), new_tokens)
         if len(merges) < new_tokens:
             raise UserError(f"new_tokens {new_tokens} is more than these texts give: at most {len(merges)}; "
                             f"lower it, or add text")
         vocab |= {id: left + right for id, (left, right) in enumerate(merges, self.vocab_size)}
         _, _, *settings = self._settings()
-        return Tokenizer(self.merges + merges, self.special_tokens, self.pattern, vocab, *settings).beside(self)
+        grown = Tokenizer(self.merges + merges, self.special_tokens, self.pattern, vocab, *settings)
+        return grown.beside(self)
 
     def ordinary_vocab(self) -> dict[int, bytes]:
         """The vocabulary without the special tokens."""
@@ -619,14 +623,13 @@ class Tokenizer:
         merges, whole = merges_of_ranks(vocab)
         if self.nfc or made != sorted(made) or not set(merges) <= set(self.merges) or \
                 whole and not self.ignore_merges:
-            raise UserError(f"a .tiktoken file cannot hold this tokenizer: "
-                            f"{'it normalises text' if self.nfc else 'its ids are not in the order of its merges'}; "
-                            f"save it as tokenizer.json")
+            why = "it normalises text" if self.nfc else "its merges are not those that its ids imply"
+            raise UserError(f"a .tiktoken file cannot hold this tokenizer: {why}; save it as tokenizer.json")
         files.write_ranks(vocab, path)
 
 
 def find_added(special_tokens: dict[str, int], flags: dict, nfc: bool) -> list[tuple]:
-    """[(pattern with the group "token", {text: id}, in NFC)]: what is looked for first, then in what is left."""
+    """[(pattern with the group "token", {text: id}, in NFC)]: what is found first, then in what is left."""
     passes = []
     for normalized in (False, True):
         ids = {text: id for text, id in special_tokens.items()
@@ -634,8 +637,9 @@ def find_added(special_tokens: dict[str, int], flags: dict, nfc: bool) -> list[t
         nfc_too = nfc and normalized
         if ids:
             forms = {unicodedata.normalize("NFC", text) if nfc_too else text: text for text in ids}
-            parts = [with_flags(form, flags.get(forms[form], ())) for form in sorted(forms, key=len, reverse=True)]
-            passes.append((regex.compile("|".join(parts)), {form: ids[forms[form]] for form in forms}, nfc_too))
+            longest_first = sorted(forms, key=len, reverse=True)
+            found = "|".join(with_flags(form, flags.get(forms[form], ())) for form in longest_first)
+            passes.append((regex.compile(found), {form: ids[forms[form]] for form in forms}, nfc_too))
     return passes
 
 
@@ -667,45 +671,38 @@ def merges_of_ranks(vocab: dict[int, bytes]) -> tuple[list[tuple[bytes, bytes]],
     return merges, whole
 
 
-def learn_further(words: list[list[bytes]], word_counts: list[int], known: set[bytes], number: int
+def learn_further(words: list[str], word_counts: list[int], tokens: list[bytes], number: int
                   ) -> list[tuple[bytes, bytes]]:
     """The first `number` merges of words that are tokens already; fewer where no pair is left.
 
-    What learn_merges does, from any tokens on, in `words` itself. A pair that together is a token already, of
-    which there must not be two, stays a pair. known: all tokens.
+    What learn_merges does, from any tokens on: in a word chr(i) is tokens[i]. A pair that together is a token
+    already, of which there must not be two, stays a pair. Changes words and tokens.
     """
-    counts, where, merges = defaultdict(int), defaultdict(set), []  # pair -> how often, in which words
+    counts, where, merges, known = defaultdict(int), defaultdict(list), [], set(tokens)
     for index, word in enumerate(words):
-        for pair in pairwise(word):
+        for pair in map(str.__add__, word, word[1:]):
             counts[pair] += word_counts[index]
-            where[pair].add(index)
-    heap = [(-count, Greatest(pair)) for pair, count in counts.items()]
+            where[pair].append(index)
+
+    def entry(pair):
+        return -counts[pair], Greatest((tokens[ord(pair[0])], tokens[ord(pair[1])])), pair
+
+    heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
     with tqdm(total=number, desc="learn merges", unit=" merges", delay=1, disable=None) as bar:
         while heap and len(merges) < number:
-            negative, pair = heapq.heappop(heap)
-            if counts[pair] != -negative:
+            negative, merge, pair = heapq.heappop(heap)
+            new = b"".join(merge)
+            if counts[pair] != -negative:  # some were merged otherwise since: it goes where it belongs now
                 if counts[pair]:
-                    heapq.heappush(heap, (-counts[pair], pair))
-                continue
-            new = b"".join(pair)
-            if new in known:
-                continue
-            known.add(new)
-            merges.append(tuple(pair))
-            born = set()
-            for index in where.pop(pair):
-                for old in pairwise(words[index]):
-                    counts[old] -= word_counts[index]
-                words[index] = merge(words[index], pair)
-                for now in pairwise(words[index]):
-                    counts[now] += word_counts[index]
-                    if new in now:
-                        where[now].add(index)
-                        born.add(now)
-            for now in born:
-                heapq.heappush(heap, (-counts[now], Greatest(now)))
-            bar.update()
+                    heapq.heappush(heap, entry(pair))
+            elif new not in known:
+                merges.append(tuple(merge))
+                tokens.append(new)
+                known.add(new)
+                for born in merge_words(words, word_counts, counts, where, pair, chr(len(tokens) - 1)):
+                    heapq.heappush(heap, entry(born))
+                bar.update()
     return merges
 
 

@@ -71,13 +71,14 @@ class MetaspaceTokenizer(Tokenizer):
         self._ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(pairs)}
         self._results = [ids[left + right] for left, right in pairs]
         flags = {text: set(names) - {"normalized"} for text, names in flags_of(added).items()}
-        self._added = find_added(self.special_tokens, flags, False)  # before spaces are spelled ▁, all of them
+        self._added = find_added(self.special_tokens, flags, False)  # in the text as it is, all
         self._cache = PieceCache(self._encode_piece)
 
     def encode(self, text: str, allow_special=False) -> list[int]:
         text, ids, end = checked_text(text), [], 0
         for match in self._added[0][0].finditer(text) if allow_special and self._added else ():
-            ids += [*self._encode_part(text[end:match.start()], end == 0), self.special_tokens[match["token"]]]
+            ids += self._encode_part(text[end:match.start()], end == 0)
+            ids.append(self.special_tokens[match["token"]])
             end = match.end()
         return ids + self._encode_part(text[end:], end == 0)
 
@@ -123,7 +124,7 @@ class MetaspaceTokenizer(Tokenizer):
         raise Unsupported("SentencePiece's BPE cannot be written to GPT-2's files; save it as tokenizer.json")
 
     def to_tiktoken(self, path):
-        raise Unsupported("SentencePiece's BPE cannot be written to a .tiktoken file; save it as tokenizer.json")
+        raise Unsupported("SentencePiece's BPE cannot be written to .tiktoken; save it as tokenizer.json")
 
     def with_special_tokens(self, texts) -> "MetaspaceTokenizer":
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

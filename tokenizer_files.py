@@ -5,8 +5,8 @@
     *.tiktoken                 tokens by rank, which is their id; merges, pattern and special tokens left out
 
 Here files become the arguments of bpe.Tokenizer and back, and nothing is encoded. What would give other ids
-there than here is refused by name. All but .tiktoken write bytes in GPT-2's alphabet of visible characters, in
-which Ġ is the space.
+there than here is refused by name. All but .tiktoken write bytes in GPT-2's alphabet of visible characters,
+in which Ġ is the space.
 """
 import base64
 import contextlib
@@ -22,7 +22,7 @@ from config import UserError, open_whole
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2's: digits are taken out one by one first, so spaces before one stand at the end of their text
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens; bpe.Tokenizer says what they mean
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens, as bpe.Tokenizer says
 
 
 class Unsupported(UserError):
@@ -97,7 +97,7 @@ def to_visible(tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def read_tokenizer_json(path) -> dict:
-    """The content of a tokenizer.json. Raises Unsupported, by name, for the tokenizer files of other programs."""
+    """The content of a tokenizer.json. Raises Unsupported, by name, for tokenizers' files of other kinds."""
     data = Path(path).read_bytes()
     if data[:1] == b"\n" and b"<unk>" in data[:64]:  # protobuf: field 1, the first piece
         raise Unsupported("this is a model of SentencePiece; save it as tokenizer.json with transformers")
@@ -108,7 +108,7 @@ def read_tokenizer_json(path) -> dict:
         raise Unsupported("this is a .tiktoken file; read it with Tokenizer.from_tiktoken")
     content = json.loads(data.decode("utf-8"), object_pairs_hook=without_twins)
     if isinstance(content, dict) and "model" not in content and content.get("!") == 0:
-        raise Unsupported("this is GPT-2's vocab.json; read it with Tokenizer.from_gpt2, beside its merges.txt")
+        raise Unsupported("this is GPT-2's vocab.json; read it with Tokenizer.from_gpt2, and its merges.txt")
     return content
 
 
@@ -197,15 +197,15 @@ def split_pattern(pre_tokenizer) -> str:
 
 def leaves_nothing(pattern: str) -> bool:
     """Whether the pattern matches a character of each kind, so that it can go on at every place of a text."""
-    return all(regex.fullmatch(pattern, character) for character in "aAß字ʰǅ1²Ⅷ\u0301\u0903!$+^_(\"- \n\r\t\x00"
-               "\x85\u00a0\u2028\u200d\u3000\ue000\U0001f600")
+    return all(regex.fullmatch(pattern, character) for character in
+               "aAß字ʰǅ1²Ⅷ\u0301\u0903!$+^_(\"- \n\r\t\x00\x85\u00a0\u2028\u200d\u3000\ue000\U0001f600")
 
 
 def read_alike(pattern: str) -> str:
     """The pattern, if the engines that may meet it agree on what it says; Unsupported if not."""
     if found := regex.search(r"\{[\d,]+\}\+", pattern):
-        raise Unsupported(f"the split pattern has {found.group()}, which keeps what it has taken for tiktoken "
-                          f"and repeats it for tokenizers; leave out the + behind")
+        raise Unsupported(f"the split pattern has {found.group()}, which tiktoken reads as greedy for good "
+                          f"and tokenizers as repeated; leave out the + behind")
     return pattern
 
 
@@ -254,7 +254,7 @@ def read_gpt2(vocab_json, merges_txt) -> dict:
         merges = [line.split(" ") for line in lines if line]
         for number, merge in enumerate(merges, 1):
             if len(merge) != 2:
-                raise UserError(f"merge {number}, {' '.join(merge)!r:.60}, is not two tokens with a space between")
+                raise UserError(f"merge {number}, {' '.join(merge)!r:.60}, is not two tokens and a space")
     with reading(vocab_json, "GPT-2's vocab.json"):
         ids = json.loads(Path(vocab_json).read_text(encoding="utf-8"), object_pairs_hook=without_twins)
         ordinary = {*VISIBLE.values(), *map("".join, merges)}
@@ -264,8 +264,8 @@ def read_gpt2(vocab_json, merges_txt) -> dict:
 
 def write_gpt2(tokenizer, vocab_json, merges_txt):
     if tokenizer.pattern != GPT2_PATTERN or tokenizer.nfc or tokenizer.ignore_merges or tokenizer.flags:
-        raise UserError("GPT-2's two files hold tokenizers with GPT-2's pattern, without NFC, ignore_merges or "
-                        "flags of special tokens; save this one as tokenizer.json")
+        raise UserError("GPT-2's two files hold tokenizers with GPT-2's pattern, without NFC, ignore_merges "
+                        "or flags of special tokens; save this one as tokenizer.json")
     vocab, merges = to_visible(tokenizer)
     with open_whole(vocab_json, "w") as ids, open_whole(merges_txt, "w") as lines:
         json.dump(vocab | tokenizer.special_tokens, ids, ensure_ascii=False)

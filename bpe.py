@@ -20,7 +20,6 @@ made the symbols bytes: 256 of them spell every text, so none is unknown and not
     [258, 115, 116]
 """
 import codecs
-import contextlib
 import functools
 import hashlib
 import heapq
@@ -412,7 +411,7 @@ class Tokenizer:
         self._ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(self.merges)}
         self._results = [ids[left + right] for left, right in self.merges]
         self._whole = ids if ignore_merges else {}
-        self._added = find_added(self.special_tokens, self.flags, nfc)
+        self._added = files.find_added(self.special_tokens, self.flags, nfc)
         self._cache = PieceCache(self._encode_piece)
 
     @classmethod
@@ -542,9 +541,10 @@ class Tokenizer:
         texts: an iterable of str, read once. Raises UserError if they do not give so many merges.
         """
         pieces, vocab = Counter(), self.ordinary_vocab()
-        texts = (unicodedata.normalize("NFC", checked_text(text)) for text in texts) if self.nfc else texts
-        cut = self.pattern, tuple(self.special_tokens)
-        for counts in in_processes(count_pieces, cut, batches(texts), workers):
+        cut, lists = (self.pattern, tuple(self.special_tokens)), batches(texts)
+        if self.nfc:
+            lists = ([unicodedata.normalize("NFC", text) for text in batch] for batch in lists)
+        for counts in in_processes(count_pieces, cut, lists, workers):
             pieces.update(counts)
         place = {id: chr(i) for i, id in enumerate(vocab)}
         words = ["".join([place[id] for id in self._encode_piece(piece)]) for piece in pieces]
@@ -626,29 +626,6 @@ class Tokenizer:
             why = "it normalises text" if self.nfc else "its merges are not those that its ids imply"
             raise UserError(f"a .tiktoken file cannot hold this tokenizer: {why}; save it as tokenizer.json")
         files.write_ranks(vocab, path)
-
-
-def find_added(special_tokens: dict[str, int], flags: dict, nfc: bool) -> list[tuple]:
-    """[(pattern with the group "token", {text: id}, in NFC)]: what is found first, then in what is left."""
-    passes = []
-    for normalized in (False, True):
-        ids = {text: id for text, id in special_tokens.items()
-               if ("normalized" in flags.get(text, ())) == normalized}
-        nfc_too = nfc and normalized
-        if ids:
-            forms = {unicodedata.normalize("NFC", text) if nfc_too else text: text for text in ids}
-            longest_first = sorted(forms, key=len, reverse=True)
-            found = "|".join(with_flags(form, flags.get(forms[form], ())) for form in longest_first)
-            passes.append((regex.compile(found), {form: ids[forms[form]] for form in forms}, nfc_too))
-    return passes
-
-
-def with_flags(text: str, flags) -> str:
-    """The pattern of a special token and what it takes with it; ++: a run of spaces is looked at once."""
-    found = f"(?P<token>{regex.escape(text)})"
-    if "single_word" in flags:
-        found = rf"(?<!\w){found}(?!\w)"
-    return rf"(?:(?<!\s)\s++)?+" * ("lstrip" in flags) + found + r"\s*+" * ("rstrip" in flags)
 
 
 def merges_of_ranks(vocab: dict[int, bytes]) -> tuple[list[tuple[bytes, bytes]], bool]:

@@ -12,16 +12,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import regex
 
 import config
-from bpe import (LONG, PieceCache, Tokenizer, checked_text, find_added, merge_ids, merge_long, split,
-                 split_stream)
+from bpe import LONG, PieceCache, Tokenizer, checked_text, merge_ids, merge_long, split, split_stream
 from config import UserError
-from tokenizer_files import (Unsupported, added_tokens, flags_of, from_hugging_face, kind_of,
+from tokenizer_files import (Unsupported, added_tokens, find_added, flags_of, from_hugging_face, kind_of,
                              number_added_tokens, read_tokenizer_json, reading)
 
 SPACE = "▁"

@@ -11,6 +11,7 @@ in which Ġ is the space.
 import base64
 import contextlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -240,6 +241,29 @@ def begin_with(token: str | None, special_tokens: dict[str, int]) -> dict | None
     return {"type": "TemplateProcessing", "single": [first, a],
             "pair": [first, a, {"SpecialToken": {"id": token, "type_id": 1}}, b],
             "special_tokens": {token: {"id": token, "ids": [special_tokens[token]], "tokens": [token]}}}
+
+
+def find_added(special_tokens: dict[str, int], flags: dict, nfc: bool) -> list[tuple]:
+    """[(pattern with the group "token", {text: id}, in NFC)]: what is found first, then in what is left."""
+    passes = []
+    for normalized in (False, True):
+        ids = {text: id for text, id in special_tokens.items()
+               if ("normalized" in flags.get(text, ())) == normalized}
+        nfc_too = nfc and normalized
+        if ids:
+            forms = {unicodedata.normalize("NFC", text) if nfc_too else text: text for text in ids}
+            longest_first = sorted(forms, key=len, reverse=True)
+            found = "|".join(with_flags(form, flags.get(forms[form], ())) for form in longest_first)
+            passes.append((regex.compile(found), {form: ids[forms[form]] for form in forms}, nfc_too))
+    return passes
+
+
+def with_flags(text: str, flags) -> str:
+    """The pattern of a special token and what it takes with it; ++: a run of spaces is looked at once."""
+    found = f"(?P<token>{regex.escape(text)})"
+    if "single_word" in flags:
+        found = rf"(?<!\w){found}(?!\w)"
+    return r"(?:(?<!\s)\s++)?+" * ("lstrip" in flags) + found + r"\s*+" * ("rstrip" in flags)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import config
 import tokenizer_files as files
+from bpe_further import learn_further
 from config import UserError
 from tokenizer_files import DIGITS_PATTERN, GPT2_PATTERN, Unsupported, reading  # noqa: F401: looked for here
 
@@ -646,46 +647,6 @@ def merges_of_ranks(vocab: dict[int, bytes]) -> tuple[list[tuple[bytes, bytes]],
                 results.append(id)
                 merges.append((left, right))
     return merges, whole
-
-
-def learn_further(words: list[str], word_counts: list[int], tokens: list[bytes], number: int
-                  ) -> list[tuple[bytes, bytes]]:
-    """The first `number` merges of words that are tokens already; fewer where no pair is left.
-
-    What learn_merges does, from any tokens on: in a word chr(i) is tokens[i]. A pair that together is a token
-    already, of which there must not be two, stays a pair. Changes words and tokens.
-    """
-    counts, where, merges, known = defaultdict(int), defaultdict(list), [], set(tokens)
-    for index, word in enumerate(words):
-        for pair in map(str.__add__, word, word[1:]):
-            counts[pair] += word_counts[index]
-            where[pair].append(index)
-
-    def entry(pair):
-        return -counts[pair], Greatest((tokens[ord(pair[0])], tokens[ord(pair[1])])), pair
-
-    heap = [entry(pair) for pair in counts]
-    heapq.heapify(heap)
-    with tqdm(total=number, desc="learn merges", unit=" merges", delay=1, disable=None) as bar:
-        while heap and len(merges) < number:
-            negative, merge, pair = heapq.heappop(heap)
-            new = b"".join(merge)
-            if counts[pair] != -negative:  # some were merged otherwise since: it goes where it belongs now
-                if counts[pair]:
-                    heapq.heappush(heap, entry(pair))
-            elif new not in known:
-                merges.append(tuple(merge))
-                tokens.append(new)
-                known.add(new)
-                for born in merge_words(words, word_counts, counts, where, pair, chr(len(tokens) - 1)):
-                    heapq.heappush(heap, entry(born))
-                bar.update()
-    return merges
-
-
-class Greatest(tuple):
-    """A tuple that a heap, which gives the smallest first, gives in the order of the greatest."""
-    __lt__ = tuple.__gt__
 
 
 def check_vocabulary(vocab, ids, merges):

@@ -95,6 +95,16 @@ def test_fuzzed_strings_have_the_ids_of_tokenizers_and_tiktoken_and_come_back(pe
         check(peers, whole)
 
 
+def test_a_long_text_of_fuzzed_strings_has_the_ids_of_tiktoken_and_comes_back(peers):
+    """All strings in a row: long texts may take another way than short ones, to the same ids."""
+    ours, _, openai = peers
+    whole = "".join(fuzzed(10_000, seed=4))
+    ids = ours.encode(whole)
+    assert ids == openai.encode_ordinary(whole) and ours.decode(ids) == whole
+    assert list(ours.encode_stream(whole[i:i + 1000] for i in range(0, len(whole), 1000))) == ids
+    assert ours.encode_batch([whole], workers=1)[0].tolist() == ids
+
+
 def test_a_stream_of_a_fuzzed_string_has_its_ids_wherever_it_is_cut(peers):
     for whole in fuzzed(200, seed=1):
         check_stream(peers[0], whole, peers[0].encode(whole))

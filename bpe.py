@@ -1,7 +1,9 @@
 """Byte-level BPE: text becomes tokens, and the tokens become exactly that text again.
 
     python bpe.py --vocab_size 4096     # learns from the standard library's source, 30 MB: 10 s on two cores
-    python bpe.py --input my_texts/*.txt --vocab_size 32768 --out tokenizer.json
+    python bpe.py --input my_texts/*.txt --vocab_size 32768 --pattern cl100k --out tokenizer.json
+    python bpe.py compare a.json b.json --text my_texts/       # two tokenizers on one text (compare.py)
+    python bpe.py extend --model runs/base --text poems.jsonl --out runs/grown   # more tokens (vocabulary.py)
 
     text -> pre-tokens (words, numbers, signs) -> the bytes of each -> merged, as the merges were learned
 
@@ -11,7 +13,7 @@ made the symbols bytes: 256 of them spell every text, so none is unknown and not
 `train_plain` is the whole idea. `Tokenizer.train` learns the same merges in seconds (bpe_train.py), as texts
 have few different pre-tokens and most merges do not disturb each other. Encoding is written out plainly too,
 but long texts take the way of cuts.py and bpe_encode.py, to the same ids. Files are the `tokenizer.json` of
-Hugging Face tokenizers.
+Hugging Face tokenizers, and others (tokenizer_files.py).
 
     >>> tokenizer = Tokenizer.train(["low lower lowest"], vocab_size=256 + 3)
     >>> tokenizer.merges
@@ -19,9 +21,7 @@ Hugging Face tokenizers.
     >>> tokenizer.encode("lowest")
     [258, 115, 116]
 """
-import base64
 import codecs
-import contextlib
 import functools
 import hashlib
 import heapq
@@ -48,9 +48,12 @@ from tqdm import tqdm
 
 import config
 import cuts
+import tokenizer_files as files
 from bpe_encode import Encoder
+from bpe_further import learn_further
 from bpe_train import learn_merges
 from config import UserError
+from tokenizer_files import DIGITS_PATTERN, GPT2_PATTERN, Unsupported, reading  # noqa: F401: looked for here
 
 # Where text is cut before anything is merged: the first of these that matches. Without cuts, "dog." "dog!"
 # and "dog?" would each become a token. This is GPT-4's pattern as Llama 3 and others write it.
@@ -63,18 +66,21 @@ PATTERN = "|".join([
     r"\s+(?!\S)",                     # spaces, without the last one, which goes with the word behind it
     r"\s+",
 ])
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2's: digits are taken out one by one first, so spaces before one stand at the end of their text
-DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-# The patterns whose cuts cuts.py knows; others do the same, slower. Qwen's takes each digit by itself.
-RULES = {PATTERN: cuts.LLAMA3, PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): cuts.QWEN, GPT2_PATTERN: cuts.GPT2,
-         DIGITS_PATTERN: cuts.DIGITS}
+PATTERNS = {
+    "llama3": PATTERN,
+    "cl100k": PATTERN.replace(r"\s*[\r\n]+", r"\s++$|\s*[\r\n]+"),  # spaces at a text's end stay together
+    "qwen": PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),  # each digit by itself
+    "gpt2": GPT2_PATTERN,
+    "o200k": "|".join([  # GPT-4o's: words end where capitals begin, marks belong to them, and so do endings
+        *(r"[^\r\n\p{L}\p{N}]?" + word + r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?" for word in (
+            r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+            r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*")),
+        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]),
+}
+# The patterns whose cuts cuts.py knows; others do the same, slower
+RULES = {PATTERN: cuts.LLAMA3, PATTERNS["qwen"]: cuts.QWEN, GPT2_PATTERN: cuts.GPT2, DIGITS_PATTERN: cuts.DIGITS}
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # GPT-2's, Qwen's and ours; Llama 3's; Llama 2's
 BYTES = [bytes([value]) for value in range(256)]
-
-
-class Unsupported(UserError):
-    """A tokenizer file that is in order, but of a kind that cannot be read here."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -144,6 +150,23 @@ def compile_pattern(pattern):
     if groups:
         raise UserError(f"the split pattern {pattern!r} has a group that captures; write (?:…) for (…)")
     return compiled
+
+
+def check_pattern(pattern) -> str:
+    """The pattern, if it compiles and loses no text; UserError if not. What cuts is compile_pattern's."""
+    compiled = compile_pattern(pattern)
+    if compiled.flags & regex.REVERSE or regex.search(r"(?<!\\)(?:\\\\)*\\K", pattern):
+        raise UserError(f"the split pattern {pattern!r} goes backwards, or leaves out what stands before its "
+                        f"\\K, so it loses text")
+    if compiled.fullmatch("") or "" in (pieces := compiled.findall(PROBE)):
+        raise matches_empty(pattern)
+    if "".join(pieces) != PROBE:
+        raise UserError(f"the split pattern {pattern!r} loses text: the pieces of {PROBE!r:.40}… are not all "
+                        f"of it")
+    return pattern
+
+
+PROBE = "The lowest's 12345 words,\r\n\tCan't  \n  it? e\u0301 春眠 ſ\u00a0\u200d🙂!!\n\n -- \x00x "
 
 
 def split_stream(chunks: Iterable[str], pattern: str, window=WINDOW) -> Iterator[list[str]]:
@@ -321,14 +344,17 @@ class Tokenizer:
 
     merges: list of (bytes, bytes), in order of creation. special_tokens: texts, which get the ids behind the
     merges, or {text: id}. pattern: a regular expression of the `regex` package, whose matches are the
-    pre-tokens. vocab: {id: bytes} for the bytes and merges of a tokenizer that numbers them otherwise
-    (GPT-2's). nfc: text is brought into Unicode's form NFC first (Qwen's), and comes back in it.
-    ignore_merges: a pre-token that is a token is not merged from its bytes (Llama 3's). shown: those of the
-    special tokens that a reader is meant to see (Qwen3's <think>), which is only recorded here.
-    Attributes: merges, pattern, nfc, ignore_merges, shown; special_tokens {text: id}; vocab {id: bytes},
-    special tokens included; vocab_size, the rows of an embedding; dtype, the smallest numpy type for the ids:
-    uint16 for up to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens, a token or id
-    that stands twice, an empty special token, a bad pattern.
+    pre-tokens, or the name of one of PATTERNS. vocab: {id: bytes} for the bytes and merges of a tokenizer
+    that numbers them otherwise (GPT-2's). nfc: text is brought into Unicode's form NFC first (Qwen's), and
+    comes back in it. ignore_merges: a pre-token that is a token is not merged from its bytes (Llama 3's).
+    shown: those of the special tokens that a reader is meant to see (Qwen3's <think>), which is only recorded
+    here. flags: {special token: names} of what it does where it is allowed: lstrip and rstrip take away the
+    spaces before and behind it, a single_word is not found inside a word, a normalized one is looked for
+    last, in the text's NFC.
+    Attributes: merges, pattern, nfc, ignore_merges, shown, flags; special_tokens {text: id}; vocab
+    {id: bytes}, special tokens included; vocab_size, the rows of an embedding; dtype, the smallest numpy type
+    for the ids: uint16 for up to 65,536 tokens, else uint32. Raises UserError for a merge of unknown tokens,
+    a token or id that stands twice, an empty special token, a bad pattern.
     """
     # What a model's folder says beside tokenizer.json, and is written into the next one:
     bos_token = None  # the special token that stands before every text (Llama's); `encode` adds none
@@ -337,10 +363,10 @@ class Tokenizer:
     chat_template = None  # Jinja, for transformers
 
     def __init__(self, merges, special_tokens=(), pattern=PATTERN, vocab=None, nfc=False, ignore_merges=False,
-                 shown=()):
-        self.merges, self.pattern = [(bytes(left), bytes(right)) for left, right in merges], pattern
-        self.nfc, self.ignore_merges, self.shown = nfc, ignore_merges, tuple(shown)
-        compile_pattern(pattern)
+                 shown=(), flags=None):
+        self.merges = [(bytes(left), bytes(right)) for left, right in merges]
+        self.pattern = check_pattern(PATTERNS.get(pattern, pattern))
+        self.nfc, self.ignore_merges, self.shown, self.flags = nfc, ignore_merges, tuple(shown), flags or {}
         if vocab is None:
             vocab = dict(enumerate(BYTES + [left + right for left, right in self.merges]))
         ids = {token: id for id, token in vocab.items()}
@@ -354,7 +380,7 @@ class Tokenizer:
         self._ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(self.merges)}
         self._results = [ids[left + right] for left, right in self.merges]
         self._whole = ids if ignore_merges else {}
-        self._special = compile_special(self.special_tokens)
+        self._added = files.find_added(self.special_tokens, self.flags, nfc)
         self._cache = PieceCache(self._encode_piece)
 
     @functools.cached_property
@@ -375,7 +401,7 @@ class Tokenizer:
         256 and the special tokens, or larger than the text can give.
         """
         smallest = cls((), special_tokens, pattern)  # a mistake in these is told before the work
-        special_tokens, most = tuple(smallest.special_tokens), sys.maxunicode + 1
+        special_tokens, pattern, most = tuple(smallest.special_tokens), smallest.pattern, sys.maxunicode + 1
         if not smallest.vocab_size <= vocab_size <= most:
             raise UserError(f"vocab_size {vocab_size} is out of range; 256 bytes and {len(special_tokens)} "
                             f"special tokens need {smallest.vocab_size}, and {most} is the most")
@@ -392,16 +418,12 @@ class Tokenizer:
         text: they become U+FFFD. No beginning-of-text token is added, even where the file has a template.
         """
         text = checked_text(text)
-        if not allow_special:
-            text = unicodedata.normalize("NFC", text) if self.nfc else text
-            if len(text) >= LONG_TEXT and self._encoder:
-                return np.concatenate([*self._encoder.stream(windows(text), WINDOW)]).tolist()
-            return list(chain.from_iterable(map(self._ids, split(text, self.pattern))))
-        ids, end = [], 0
-        for match in self._special.finditer(text):
-            ids += [*self.encode(text[end:match.start()]), self.special_tokens[match.group()]]
-            end = match.end()
-        return ids + self.encode(text[end:])
+        if allow_special:
+            return self._encode_between(text, self._added)
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if len(text) >= LONG_TEXT and self._encoder:
+            return np.concatenate([*self._encoder.stream(windows(text), WINDOW)]).tolist()
+        return list(chain.from_iterable(map(self._ids, split(text, self.pattern))))
 
     def encode_batch(self, texts: Iterable[str], workers=None) -> list[np.ndarray]:
         """The ids of each text, as arrays of dtype self.dtype, made in processes (default: one a core)."""
@@ -432,6 +454,17 @@ class Tokenizer:
         ids, first = self._encoder.encode(texts)
         return [ids[begin:end].astype(self.dtype) for begin, end in pairwise(first.tolist())]
 
+    def _encode_between(self, text: str, added: list) -> list[int]:
+        """The ids of a text with the special tokens that the first of `added` finds, then of the rest."""
+        if not added:
+            return self.encode(text)
+        (found, special_ids, nfc), *rest = added
+        text, ids, end = unicodedata.normalize("NFC", text) if nfc else text, [], 0
+        for match in found.finditer(text):
+            ids += [*self._encode_between(text[end:match.start()], rest), special_ids[match["token"]]]
+            end = match.end()
+        return ids + self._encode_between(text[end:], rest)
+
     def _ids(self, pieces: list[str]) -> Iterator[int]:
         return chain.from_iterable(map(self._cache.__getitem__, pieces))  # in C, but for new words
 
@@ -451,6 +484,8 @@ class Tokenizer:
             return b"".join([self.vocab[id] for id in ids])
         except KeyError as error:
             raise UserError(f"id {error} is not in the vocabulary of {self.vocab_size} tokens") from None
+        except TypeError:
+            raise UserError("ids must be whole numbers in a row; decode one text at a time") from None
 
     def decode(self, ids) -> str:
         """The text that the ids stand for; bytes that are not UTF-8 (half a character) become U+FFFD."""
@@ -471,6 +506,7 @@ class Tokenizer:
         content = [self.pattern, [[left.hex(), right.hex()] for left, right in self.merges],
                    [[id, token.hex()] for id, token in self.vocab.items()], list(self.special_tokens.items())]
         content += ["nfc"] * self.nfc + ["ignore_merges"] * self.ignore_merges
+        content += [sorted(self.flags.items())] if self.flags else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def with_special_tokens(self, texts):
@@ -488,6 +524,31 @@ class Tokenizer:
             setattr(self, name, getattr(other, name))
         return self
 
+    def extend(self, texts: Iterable[str], new_tokens: int, workers=None) -> "Tokenizer":
+        """This tokenizer with new_tokens more, from merges learned on texts like these: old ids stay.
+
+        As if training went on with the new texts: they are encoded, and the most frequent pair of tokens is
+        merged, again and again. The new ids stand behind all old ones, special tokens too, so a model's
+        embedding need only grow (vocabulary.py). Texts that the new merges occur in get other, fewer ids.
+        texts: an iterable of str, read once. Raises UserError if they do not give so many merges.
+        """
+        pieces, vocab = Counter(), self.ordinary_vocab()
+        cut, lists = (self.pattern, tuple(self.special_tokens)), batches(texts)
+        if self.nfc:
+            lists = ([unicodedata.normalize("NFC", text) for text in batch] for batch in lists)
+        for counts in in_processes(count_pieces, cut, lists, workers):
+            pieces.update(counts)
+        place = {id: chr(i) for i, id in enumerate(vocab)}
+        words = ["".join([place[id] for id in self._encode_piece(piece)]) for piece in pieces]
+        merges = learn_further(words, list(pieces.values()), list(vocab.values()), new_tokens)
+        if len(merges) < new_tokens:
+            raise UserError(f"new_tokens {new_tokens} is more than these texts give: at most {len(merges)}; "
+                            f"lower it, or add text")
+        vocab |= {id: left + right for id, (left, right) in enumerate(merges, self.vocab_size)}
+        _, _, *settings = self._settings()
+        grown = Tokenizer(self.merges + merges, self.special_tokens, self.pattern, vocab, *settings)
+        return grown.beside(self)
+
     def ordinary_vocab(self) -> dict[int, bytes]:
         """The vocabulary without the special tokens."""
         special_ids = set(self.special_tokens.values())
@@ -497,15 +558,16 @@ class Tokenizer:
         return Tokenizer, (self.merges, self.special_tokens, *self._settings())
 
     def _settings(self):
-        return self.pattern, self.ordinary_vocab(), self.nfc, self.ignore_merges, self.shown
+        return self.pattern, self.ordinary_vocab(), self.nfc, self.ignore_merges, self.shown, self.flags
 
     def save(self, path):
         """Write the tokenizer.json of Hugging Face tokenizers, whole or not at all.
 
         There, a special token spelled in a text always gets its special id, as with allow_special=True here.
         """
+        content = files.to_hugging_face(self)
         with config.open_whole(path, "w") as file:
-            json.dump(to_hugging_face(self), file, ensure_ascii=False, indent=1)
+            json.dump(content, file, ensure_ascii=False, indent=1)
 
     @classmethod
     def load(cls, path):
@@ -515,38 +577,67 @@ class Tokenizer:
         what stands before and after a text is not read: `encode` adds nothing.
         """
         with reading(path, "a tokenizer.json"):
-            return cls(**from_hugging_face(json.loads(Path(path).read_text(encoding="utf-8"))))
+            return cls(**files.from_hugging_face(files.read_tokenizer_json(path)))
 
     @classmethod
     def from_gpt2(cls, vocab_json, merges_txt):
         """GPT-2's tokenizer from its two files. Tokens that no merge gives (<|endoftext|>) are special."""
-        with reading(merges_txt, "GPT-2's merges.txt"):
-            lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        arguments = files.read_gpt2(vocab_json, merges_txt)
         with reading(vocab_json, "GPT-2's vocab.json"):
-            ids = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
-            ordinary = {*VISIBLE.values(), *map("".join, merges)}
-            special_tokens = {text: id for text, id in ids.items() if text not in ordinary}
-            return cls(**from_visible(ids, merges, special_tokens), pattern=GPT2_PATTERN)
+            return cls(**arguments)
+
+    def to_gpt2(self, vocab_json, merges_txt):
+        """Write GPT-2's two files. Raises UserError where they cannot hold this tokenizer."""
+        files.write_gpt2(self, vocab_json, merges_txt)
 
     @classmethod
     def from_tiktoken(cls, path, special_tokens, pattern):
-        """The tokenizer in a .tiktoken file, whose lines hold a token's bytes in base64 and its rank: its id.
+        """The tokenizer in a .tiktoken file, which holds tokens by rank; special_tokens, pattern: as above.
 
-        The merges, which it leaves out, come from encoding each token with those before it: two are left.
+        tiktoken merges any two neighbours that together are a token, that of the lowest rank first, and takes
+        a pre-token that is a token as it is. So the merges, which the file leaves out, come from encoding
+        each token with those before it: two are left. Where it is otherwise, any two will do.
         """
         with reading(path, "a .tiktoken file"):
-            lines = [line.split() for line in Path(path).read_bytes().splitlines() if line]
-            vocab = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
-            ids = {token: id for id, token in vocab.items()}
-            merges, ranks, results = [], {}, []
-            for id, token in sorted(vocab.items()):
-                if len(token) > 1:
-                    left, right = merge_ids([ids[bytes([value])] for value in token], ranks, results)
-                    ranks[left, right] = len(merges)
-                    results.append(id)
-                    merges.append((vocab[left], vocab[right]))
-            return cls(merges, special_tokens, pattern, vocab)
+            vocab = files.read_ranks(path)
+            if missing := [byte for byte in BYTES if byte not in vocab.values()]:
+                raise Unsupported(f"it lacks {len(missing)} of the 256 bytes, {missing[0]!r} first")
+            merges, whole = merges_of_ranks(vocab)
+            return cls(merges, special_tokens, pattern, vocab, ignore_merges=whole)
+
+    def to_tiktoken(self, path):
+        """Write a .tiktoken file; it leaves out pattern and special tokens. Raises UserError where tiktoken
+        would make other ids of it: it merges by id, whatever the order of the merges was.
+        """
+        vocab = self.ordinary_vocab()
+        ids = {token: id for id, token in vocab.items()}
+        made = [ids[left + right] for left, right in self.merges]
+        merges, whole = merges_of_ranks(vocab)
+        if self.nfc or made != sorted(made) or not set(merges) <= set(self.merges) or \
+                whole and not self.ignore_merges:
+            why = "it normalises text" if self.nfc else "its merges are not those that its ids imply"
+            raise UserError(f"a .tiktoken file cannot hold this tokenizer: {why}; save it as tokenizer.json")
+        files.write_ranks(vocab, path)
+
+
+def merges_of_ranks(vocab: dict[int, bytes]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """(the merges by which tokens are made of those before them; whether some are not made of just two, so
+    that pre-tokens must be looked up whole). vocab: {rank: token}
+    """
+    ids = {token: id for id, token in vocab.items()}
+    merges, ranks, results, whole = [], {}, [], False
+    for id, token in sorted(vocab.items()):
+        if len(token) > 1:
+            parts = merge_ids([ids[bytes([value])] for value in token], ranks, results)
+            pairs = [tuple(vocab[part] for part in parts)]
+            if len(parts) != 2:
+                whole, pairs = True, [(token[:i], token[i:]) for i in range(1, len(token))
+                                      if token[:i] in ids and token[i:] in ids]
+            for left, right in pairs:
+                ranks[ids[left], ids[right]] = len(merges)
+                results.append(id)
+                merges.append((left, right))
+    return merges, whole
 
 
 def check_vocabulary(vocab, ids, merges):
@@ -555,20 +646,16 @@ def check_vocabulary(vocab, ids, merges):
         if not isinstance(id, int) or id < 0:
             raise UserError(f"the id {id!r} of the token {token!r} is not a whole number from 0 on")
     if len(ids) < len(vocab):
-        raise UserError(f"the token {most_frequent(vocab.values())!r} stands twice in the vocabulary")
+        raise UserError(f"the token {files.most_frequent(vocab.values())!r} stands twice in the vocabulary")
     if missing := [byte for byte in BYTES if byte not in ids]:
         raise Unsupported(f"the vocabulary lacks {len(missing)} of the 256 bytes, {missing[0]!r} first, "
                           f"so some text has no ids")
     if len(set(merges)) < len(merges):
-        raise UserError(f"the merge {most_frequent(merges)} stands twice")
+        raise UserError(f"the merge {files.most_frequent(merges)} stands twice")
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in ids:
                 raise UserError(f"the merge {(left, right)} needs the token {token!r}, which is not there")
-
-
-def most_frequent(items):
-    return Counter(items).most_common(1)[0][0]
 
 
 def number_special_tokens(special_tokens, vocab, ids) -> dict[str, int]:
@@ -576,155 +663,18 @@ def number_special_tokens(special_tokens, vocab, ids) -> dict[str, int]:
     if not isinstance(special_tokens, dict):
         texts = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
         if len(set(texts)) < len(texts):
-            raise UserError(f"the special token {most_frequent(texts)!r} stands twice")
+            raise UserError(f"the special token {files.most_frequent(texts)!r} stands twice")
         special_tokens = {text: id for id, text in enumerate(texts, max(vocab) + 1)}
     taken = dict(vocab)
     for text, id in special_tokens.items():
         if not text or checked_text(text) != text:
             raise UserError(f"the special token {text!r} is not a text of at least one character")
-        if text.encode() in ids or from_alphabet(text) in ids:
+        if text.encode() in ids or files.from_alphabet(text) in ids:
             raise UserError(f"the special token {text!r} is an ordinary token too; try one like <|{text}|>")
         if id in taken:
             raise UserError(f"the id {id} of the special token {text!r} belongs to {taken[id]!r}")
         taken[id] = text
     return dict(sorted(special_tokens.items(), key=lambda item: item[1]))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files of other tokenizers. They write bytes in GPT-2's alphabet of visible characters: Ġ is the space
-
-
-def visible_alphabet() -> dict[int, str]:
-    """byte -> its character: that of Latin-1 where it can be seen, else the next of those from U+0100 on."""
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [value for value in range(256) if value not in seen]
-    return {value: chr(value if value in seen else 256 + hidden.index(value)) for value in range(256)}
-
-
-VISIBLE = visible_alphabet()
-HIDDEN = {character: value for value, character in VISIBLE.items()}
-
-
-def to_alphabet(token: bytes) -> str:
-    return "".join([VISIBLE[value] for value in token])
-
-
-def from_alphabet(text: str) -> bytes | None:
-    """The bytes that a text in the alphabet stands for; None if it is not in the alphabet."""
-    return bytes([HIDDEN[character] for character in text]) if HIDDEN.keys() >= set(text) else None
-
-
-def from_visible(ids: dict[str, int], merges, special_tokens: dict[str, int]) -> dict:
-    """The arguments of Tokenizer from tokens and merges in the alphabet."""
-    vocab = {}
-    for text, id in ids.items():
-        if text not in special_tokens:
-            if id in vocab:
-                raise UserError(f"the id {id} stands twice, at {to_alphabet(vocab[id])!r} and {text!r}")
-            vocab[id] = from_alphabet(text)
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)  # older files: "a b"
-    merges = [tuple(map(from_alphabet, pair)) for pair in pairs]
-    if None in vocab.values() or any(None in merge for merge in merges):
-        raise UserError("a token is not in the alphabet of byte-level BPE")
-    return {"merges": merges, "special_tokens": special_tokens, "vocab": vocab}
-
-
-def number_added_tokens(texts, ids: dict[str, int]) -> dict[str, int]:
-    """{text: id} of added tokens as `tokenizers` numbers them, whatever ids their file gives them: those that
-    the vocabulary knows, as it does, and each other one behind all before it.
-    """
-    added, free = {}, len(ids)
-    for text in texts:
-        added[text] = ids.get(text, free)
-        free = max(free, added[text] + 1)
-    return added
-
-
-def to_hugging_face(tokenizer) -> dict:
-    """The content of tokenizer.json."""
-    cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special_tokens = tokenizer.special_tokens
-    added = [{"id": id, "content": text, **flags, "special": text not in tokenizer.shown}
-             for text, id in special_tokens.items()]
-    vocab = {to_alphabet(token): id for id, token in tokenizer.ordinary_vocab().items()}
-    if number_added_tokens(special_tokens, vocab) != special_tokens:
-        vocab |= special_tokens
-    merges = [[to_alphabet(left), to_alphabet(right)] for left, right in tokenizer.merges]
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
-        "post_processor": begin_with(tokenizer.bos_token, special_tokens), "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": tokenizer.ignore_merges, "vocab": vocab, "merges": merges},
-    }
-
-
-def begin_with(token: str | None, special_tokens: dict[str, int]) -> dict | None:
-    """What makes Hugging Face tokenizers put a special token before every text, and before each of a pair."""
-    if token is None:
-        return None
-    first, a, b = {"SpecialToken": {"id": token, "type_id": 0}}, *(
-        {"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    return {"type": "TemplateProcessing", "single": [first, a],
-            "pair": [first, a, {"SpecialToken": {"id": token, "type_id": 1}}, b],
-            "special_tokens": {token: {"id": token, "ids": [special_tokens[token]], "tokens": [token]}}}
-
-
-def from_hugging_face(content) -> dict:
-    """The arguments of Tokenizer. Raises Unsupported for all that would give other ids here, by its name."""
-    model, added = content["model"], content.get("added_tokens") or []
-    if model.get("type", "BPE") != "BPE":
-        raise Unsupported(f"its model is {model['type']}; only byte-level BPE can be read")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            raise Unsupported(f"its model has {name} {model[name]}, which is not supported")
-    normalizer = content.get("normalizer")
-    if normalizer and normalizer["type"] != "NFC":
-        raise Unsupported(f"its normalizer {normalizer['type']} is not supported; it changes text")
-    for token in added:
-        for flag in ("single_word", "lstrip", "rstrip"):
-            if token.get(flag):
-                raise Unsupported(f"its added token {token['content']!r} has {flag}, which is not supported")
-    special_tokens = number_added_tokens([token["content"] for token in added], model["vocab"])
-    if len(special_tokens) < len(added):
-        raise UserError("one of its added tokens stands twice")
-    pattern = split_pattern(content["pre_tokenizer"])
-    return {**from_visible(model["vocab"], model["merges"], special_tokens), "pattern": pattern,
-            "nfc": bool(normalizer), "ignore_merges": bool(model.get("ignore_merges")),
-            "shown": [token["content"] for token in added if not token.get("special", True)]}
-
-
-def split_pattern(pre_tokenizer) -> str:
-    """The pattern of Split before ByteLevel, or GPT-2's, which ByteLevel alone, or behind Digits, implies."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
-    match steps:
-        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
-            return GPT2_PATTERN
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
-            return DIGITS_PATTERN
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return pattern
-    kinds = " + ".join(step["type"] for step in steps) or "that is missing"
-    raise Unsupported(f"its pre_tokenizer {kinds} is not supported in this form; wanted is ByteLevel, alone, "
-                      f"after individual Digits, or after an Isolated Split by a regular expression; without "
-                      f"add_prefix_space")
-
-
-@contextlib.contextmanager
-def reading(path, kind):
-    """Turn what a broken file leads to into one line that names it."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"{path}: {error}") from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not {kind}: {type(error).__name__}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -806,6 +756,7 @@ def cores() -> int:
 class Settings:
     input: tuple[str, ...] = ()  # text files to learn from; none: the Python standard library's source
     vocab_size: int = 4096  # bytes, merges and special tokens together
+    pattern: str = "llama3"  # where text is cut: gpt2, cl100k, o200k, llama3, qwen, or a regular expression
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)  # texts that only a program can insert
     out: str = "tokenizer.json"  # the file to write
     overwrite: bool = False  # replace `out` if it is there
@@ -822,14 +773,21 @@ def library_files() -> list[Path]:
 
 
 def main():
+    if sys.argv[1:2] == ["compare"]:  # what follows stands on this file, and is here only to be found
+        import compare
+        return compare.main(sys.argv[2:])
+    if sys.argv[1:2] == ["extend"]:
+        import vocabulary
+        return vocabulary.main(sys.argv[2:])
     settings = config.parse(Settings)
     if Path(settings.out).exists() and not settings.overwrite:
         raise UserError(f"{settings.out} exists; pass --overwrite to replace it, or another --out")
     paths = list(map(Path, settings.input)) or library_files()
-    files = tqdm(paths, "read", unit=" files", delay=1, disable=None)
-    texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)
+    progress = tqdm(paths, "read", unit=" files", delay=1, disable=None)
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in progress)
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.special_tokens, workers=settings.workers)
+    tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.special_tokens, settings.pattern,
+                                settings.workers)
     seconds = time.perf_counter() - start
     tokenizer.save(settings.out)
     print(f"{settings.out}: {tokenizer.vocab_size:,} tokens from {len(paths):,} files, in {seconds:.1f} s")

@@ -12,15 +12,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import regex
 
 import config
-from bpe import (LONG, PieceCache, Tokenizer, Unsupported, checked_text, compile_special,
-                 from_hugging_face, merge_ids, merge_long, number_added_tokens, reading, split, split_stream)
+from bpe import LONG, PieceCache, Tokenizer, checked_text, merge_ids, merge_long, split, split_stream
 from config import UserError
+from tokenizer_files import (Unsupported, added_tokens, find_added, flags_of, from_hugging_face, kind_of,
+                             number_added_tokens, read_tokenizer_json, reading)
 
 SPACE = "▁"
 PREPEND = {"type": "Prepend", "prepend": SPACE}
@@ -30,8 +30,8 @@ REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 def load_tokenizer(path) -> Tokenizer:
     """The tokenizer in a tokenizer.json of either kind. Raises what Tokenizer.load does."""
     with reading(path, "a tokenizer.json"):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content["model"].get("byte_fallback"):
+        content = read_tokenizer_json(path)
+        if content["model"].get("byte_fallback") and kind_of(content["model"]) == "BPE":
             return MetaspaceTokenizer(content)
         return Tokenizer(**from_hugging_face(content))
 
@@ -42,24 +42,19 @@ class MetaspaceTokenizer(Tokenizer):
     Unlike there, decode(encode(text)) is the text but for every ▁, now a space; and `decode_bytes` and
     `decode_stream`, by which a text is gone on with, keep the space before a first word.
     """
-    nfc, ignore_merges, shown = False, False, ()  # what a Tokenizer has; here the content says it all
+    nfc, ignore_merges, shown, flags = False, False, (), {}  # what a Tokenizer has; here the content says all
 
     def __init__(self, content: dict):
         model = content["model"]
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
             if model.get(name):
                 raise Unsupported(f"its model has {name} {model[name]}, which is not supported")
-        added, ids = content.get("added_tokens") or [], model["vocab"]
-        for token in added:
-            for flag in ("single_word", "lstrip", "rstrip"):
-                if token.get(flag):
-                    raise Unsupported(f"its added token {token['content']!r} has {flag}, which is not "
-                                      f"supported")
+        added, ids = added_tokens(content), model["vocab"]
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         self._content, self._ids_of = content, ids
         self._scheme, self.pattern = scheme_of(content, [left + right for left, right in pairs])
         self.merges = [(left.encode(), right.encode()) for left, right in pairs]
-        self.special_tokens = number_added_tokens([token["content"] for token in added], ids)
+        self.special_tokens = number_added_tokens(added, ids)
         bytes_of = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
         if missing := bytes_of.keys() - ids.keys():
             raise Unsupported(f"its vocabulary lacks {len(missing)} of the 256 bytes, {min(missing)} first")
@@ -73,12 +68,15 @@ class MetaspaceTokenizer(Tokenizer):
         self._byte_ids = [ids[text] for text in bytes_of]
         self._ranks = {(ids[left], ids[right]): rank for rank, (left, right) in enumerate(pairs)}
         self._results = [ids[left + right] for left, right in pairs]
-        self._special, self._cache = compile_special(self.special_tokens), PieceCache(self._encode_piece)
+        flags = {text: set(names) - {"normalized"} for text, names in flags_of(added).items()}
+        self._added = find_added(self.special_tokens, flags, False)  # in the text as it is, all
+        self._cache = PieceCache(self._encode_piece)
 
     def encode(self, text: str, allow_special=False) -> list[int]:
         text, ids, end = checked_text(text), [], 0
-        for match in self._special.finditer(text) if allow_special else ():
-            ids += [*self._encode_part(text[end:match.start()], end == 0), self.special_tokens[match.group()]]
+        for match in self._added[0][0].finditer(text) if allow_special and self._added else ():
+            ids += self._encode_part(text[end:match.start()], end == 0)
+            ids.append(self.special_tokens[match["token"]])
             end = match.end()
         return ids + self._encode_part(text[end:], end == 0)
 
@@ -116,6 +114,15 @@ class MetaspaceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         parts = [self._scheme, self.pattern, self._content["model"], self.special_tokens]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def extend(self, texts, new_tokens, workers=None):
+        raise Unsupported("SentencePiece's BPE cannot be extended here, only byte-level BPE")
+
+    def to_gpt2(self, vocab_json, merges_txt):
+        raise Unsupported("SentencePiece's BPE cannot be written to GPT-2's files; save it as tokenizer.json")
+
+    def to_tiktoken(self, path):
+        raise Unsupported("SentencePiece's BPE cannot be written to .tiktoken; save it as tokenizer.json")
 
     def with_special_tokens(self, texts) -> "MetaspaceTokenizer":
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -16,6 +16,7 @@ heads, D head width, V vocabulary, R response length.
     torch.Size([1, 3, 1000])
 """
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -223,7 +224,8 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def extend_embedding(model: Transformer, vocab_size: int) -> None:
+def extend_embedding(model: Transformer, vocab_size: int,
+                     pieces: Mapping[int, list[int]] | None = None) -> None:
     """Give the model's embedding and head rows up to vocab_size, for tokens that it has not been trained on.
 
     A new row is the mean of the old ones, so that its logit is the mean logit: by Jensen's inequality it
@@ -231,13 +233,20 @@ def extend_embedding(model: Transformer, vocab_size: int) -> None:
     all (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). New tokens start out
     alike; where they stand tells them apart. A model with rows to spare (Qwen's have) stays as it is. An
     optimizer made before holds the old tensors.
+
+    pieces: {new id: old ids}: the row of such a token is the mean of these rows alone, in a row to spare too.
     """
-    added = vocab_size - model.config.vocab_size
-    if added <= 0:
+    added = max(0, vocab_size - model.config.vocab_size)
+    if not added and not pieces:
         return
-    for table in (model.model.embed_tokens, model.lm_head):
-        mean = table.weight.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.weight.dtype)  # (1, C)
-        table.weight = nn.Parameter(torch.cat([table.weight, mean.expand(added, -1)]))  # (V, C)
+    for table in (model.model.embed_tokens, model.lm_head)[:1 if model.config.tie_embeddings else 2]:
+        old = table.weight
+        mean = old.mean(dim=0, keepdim=True, dtype=torch.float32).to(old.dtype)  # (1, C)
+        weight = torch.cat([old, mean.expand(added, -1)])  # (V, C)
+        for id, ids in (pieces or {}).items():
+            weight[id] = old[ids].mean(dim=0, dtype=torch.float32)
+        table.weight = nn.Parameter(weight)
+    vocab_size = model.config.vocab_size + added
     if model.config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.embed_tokens.num_embeddings = model.lm_head.out_features = vocab_size

@@ -661,7 +661,6 @@ def steps(file):
     (lambda file: file["model"]["vocab"].update({"two words": 1000}), "alphabet"),
     (lambda file: file["model"]["vocab"].pop("a"), "lacks 1 of the 256 bytes, b'a' first"),
     (lambda file: file["model"]["merges"].append(["zz", "z"]), "needs the token b'zz'"),
-    (lambda file: file["added_tokens"][0].update(lstrip=True), "lstrip"),
     (lambda file: file["added_tokens"].append(file["added_tokens"][0]), "twice"),
     (lambda file: file.pop("model"), "not a tokenizer.json"),
     (lambda file: file["model"].update(vocab=["a"]), "not a tokenizer.json"),

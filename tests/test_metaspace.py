@@ -120,7 +120,8 @@ def write(path, content):
     (lambda file: file["model"]["vocab"].pop("<0x41>"), "lacks 1 of the 256 bytes, <0x41>", Unsupported),
     (lambda file: file.update(normalizer={"type": "NFKC"}), "its normalizer and pre_tokenizer", Unsupported),
     (lambda file: file.update(pre_tokenizer={"type": "Whitespace"}), "are not SentencePiece's", Unsupported),
-    (lambda file: file["added_tokens"][0].update(lstrip=True), "'<unk>' has lstrip", Unsupported),
+    (lambda file: file["added_tokens"].append(file["added_tokens"][0]), "'<unk>' stands twice", UserError),
+    (lambda file: file["added_tokens"][0].update(content=""), "is empty", UserError),
     (lambda file: file["model"]["vocab"].update({"the": 5}), "an id of its .* stands twice", UserError),
     (lambda file: file["model"]["merges"].append(["zz", "z"]), "not a tokenizer.json", UserError),
     (lambda file: file["model"].update(vocab=None), "not a tokenizer.json", UserError)])

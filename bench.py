@@ -1,18 +1,19 @@
 """How fast this is, as ratios: each figure beside that of a named peer, measured in the same run, in turns.
 
     python bench.py                       # training, loss, sharding, decoding; six minutes on two cores
-    python bench.py --only training       # one of these, or:
-    python bench.py --only decoding       # tokens a second of generate; three minutes
-    python bench.py --only bpe            # tokenizers trained and texts encoded; some minutes
-    python bench.py --only lora           # adapters beside peft's; peaks of full, LoRA and QLoRA training
-    python bench.py --only dpo            # a step on preferences beside TRL's, its memory; three minutes
-    python bench.py --only dedup          # near-duplicates beside datasketch, repeated passages; a minute
-    python bench.py --only scale          # near-duplicates among a million documents; some minutes
-    python bench.py --only memory         # estimated and measured peaks of a training step; three minutes
-    python bench.py --only gpu            # MFU at 124 M and 1 B parameters, beside transformers' on that GPU
+    python bench.py training loss         # some of these, or (as --only, too):
+    python bench.py decoding              # tokens a second of generate; three minutes
+    python bench.py bpe                   # tokenizers trained and texts encoded; some minutes
+    python bench.py lora                  # adapters beside peft's; peaks of full, LoRA and QLoRA training
+    python bench.py dpo                   # a step on preferences beside TRL's, its memory; three minutes
+    python bench.py dedup                 # near-duplicates beside datasketch, repeated passages; a minute
+    python bench.py scale                 # near-duplicates among a million documents; some minutes
+    python bench.py memory                # estimated and measured peaks of a training step; three minutes
+    python bench.py gpu                   # MFU at 124 M and 1 B parameters, beside transformers' on that GPU
 
-Peers are test dependencies (requirements-dev.txt). Every figure is a median over alternating rounds; a
-machine that does other work at the same time spoils it. What was measured, and on what: README.md.
+Peers are test dependencies (requirements-dev.txt); a measure whose peer is not installed is passed over, by
+name. Every figure is a median over alternating rounds, beside it the least and the most; --json FILE takes
+all. A machine that does other work at the same time spoils it. What was measured, and on what: README.md.
 """
 import functools
 import gc
@@ -54,32 +55,54 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: Literal["all", "training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "dedup", "scale",
-                  "memory", "gpu", "held"] = "all"  # training, loss, sharding and decoding
+    only: tuple[Literal["training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "dedup", "scale",
+                        "memory", "gpu", "held"], ...] = ("training", "loss", "sharding",
+                                                          "decoding")  # what to measure
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
-    json: str = ""  # a file for the figures of bpe, too
+    json: str | None = None  # also write all figures into this file
 
     def __post_init__(self):
         require(self, rounds=(1, None), threads=(1, None))
 
 
+class MissingPeer(UserError):
+    """What is to be compared with is not installed."""
+
+
+class Seconds(float):
+    """A median of seconds, with all of which it is one: Seconds(values).runs."""
+
+    def __new__(cls, runs: list[float]):
+        self = super().__new__(cls, statistics.median(runs))
+        self.runs = runs
+        return self
+
+
+ALTERNATIONS: list[dict] = []  # all that this program has timed, for --json
+
+
 def main():
-    settings = parse(Settings)
+    words = sys.argv[1:]
+    settings = parse(Settings, ["--only", *words] if words and not words[0].startswith("-") else words)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
                 "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "dedup": dedup,
-                "scale": scale, "memory": memory,
-                "gpu": gpu, "held": held_bytes}
-    chosen = [training, loss, sharding, decoding] if settings.only == "all" else [measures[settings.only]]
-    figures = [row for measure in chosen for row in measure(settings.rounds) or ()]
+                "scale": scale, "memory": memory, "gpu": gpu, "held": held_bytes}
+    figures = {}
+    for name in settings.only:
+        ALTERNATIONS.clear()
+        try:
+            figures[name] = measures[name](settings.rounds) or list(ALTERNATIONS)
+        except MissingPeer as error:
+            print(f"{name} is passed over: {error}")
     if settings.json:
         with open_whole(settings.json, "w") as file:
             json.dump(figures, file, indent=1)
 
 
-def alternate(rounds: int, **sides) -> dict[str, float]:
+def alternate(rounds: int, **sides) -> dict[str, Seconds]:
     """{name: median seconds of a call}, the sides taking turns, so that a busy moment strikes both alike."""
     seconds = {name: [] for name in sides}
     for function in sides.values():
@@ -89,7 +112,12 @@ def alternate(rounds: int, **sides) -> dict[str, float]:
             began = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: Seconds(values) for name, values in seconds.items()}
+    ALTERNATIONS.extend({"side": name, "seconds": float(value), "least": min(value.runs),
+                         "most": max(value.runs), "runs": value.runs} for name, value in medians.items())
+    for name, value in medians.items():
+        print(f"    {name}: {value:.4f} s ({min(value.runs):.4f} to {max(value.runs):.4f})")
+    return medians
 
 
 # ---- a training step, beside transformers' -----------------------------------------------------------------
@@ -157,7 +185,7 @@ def peer_model(config: ModelConfig, attention: str):
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
-        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
+        raise MissingPeer("transformers is not installed (pip install -r requirements-dev.txt)") from None
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim,
         num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
@@ -331,7 +359,7 @@ def with_pefts(model):
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
+        raise MissingPeer("peft is not installed (pip install -r requirements-dev.txt)") from None
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=names), model)
 
@@ -443,9 +471,12 @@ def dpo_step(who: str, reference: str, size: str):
 
 def dpo_peer_step(config: ModelConfig, pairs: list, live: bool):
     """TRL's trainer on its own batch (chosen sides, then rejected ones, padded); torch's clip and AdamW."""
-    import transformers
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    try:
+        import transformers
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+    except ImportError:
+        raise MissingPeer("trl is not installed (pip install -r requirements-dev.txt)") from None
     transformers.utils.logging.disable_progress_bar()
     folder = Path(tempfile.mkdtemp())
     tokenizer = Tokenizer([], ["<|endoftext|>"])
@@ -647,7 +678,7 @@ def peer_duplicates(texts: list[str]) -> np.ndarray:
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
-        raise UserError("the peer to compare with is missing: pip install -r requirements-dev.txt") from None
+        raise MissingPeer("datasketch is not installed (pip install -r requirements-dev.txt)") from None
     index, kept = MinHashLSH(num_perm=112, params=(14, 8)), []
     for i, text in enumerate(texts):
         words, sketch = words_of(text), MinHash(num_perm=112)

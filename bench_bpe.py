@@ -1,4 +1,4 @@
-"""How fast bpe.py is beside tokenizers and tiktoken: the measures of `python bench.py --only bpe`.
+"""How fast bpe.py is beside tokenizers and tiktoken: the measures of `python bench.py bpe`.
 
     python bench_bpe.py training ours 2 -                            # one run on so many cores, as JSON
     python bench_bpe.py encoding tiktoken 1 runs/bench_bpe.json      # with the vocabulary in that file

@@ -300,7 +300,7 @@ class Packed:
 
     F.linear hands oneDNN or MKL a matrix in rows, which these read at a fraction of the memory's bandwidth or
     rearrange each time. Arranged once in the order in which the kernel goes through it, the products of 1, 16
-    and 512 rows took 0.4 of the time (on two cores with AVX-512; bench.py --only decoding). Layers with the
+    and 512 rows took 0.4 of the time (on two cores with AVX-512; bench.py decoding). Layers with the
     same input become one product. Sums have another order, so results differ in the last bits. The price: the
     weights of these layers are in memory twice, until the object is gone; and packing takes as long as it
     saves in 8 steps. Around many calls of `generate`, a `with` of your own packs once.

@@ -1,6 +1,12 @@
 """What several of the tests need: models in which every weight matters, and numbers from a seed."""
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -53,3 +59,40 @@ def in_process(monkeypatch, capsys, main, *arguments):
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
+
+
+# ---- stages as users start them ----------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def program(script, words, processes=1):
+    """(command, environment) of a script with these words, under torchrun where there are several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *words]
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def run_stage(script, words, processes=1):
+    """The lines of the log that it leaves in its --out."""
+    command, environment = program(script, words, processes)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = Path(words[words.index("--out") + 1], "log.jsonl")
+    return [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+
+
+def kill_in_the_middle(script, words, output, processes=2):
+    """Start it, and kill -9 all its processes once there is a state of a step that ends in 4. Needs /proc."""
+    command, environment = program(script, words, processes)
+    folder = Path(words[words.index("--out") + 1])
+    with open(output, "wb") as file:
+        first = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        while not list(folder.glob("state/step_*4")) and first.poll() is None:
+            time.sleep(0.01)
+        assert first.poll() is None, output.read_text("utf-8", errors="replace")[-3000:]
+        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text(encoding="ascii").split()
+        for pid in (first.pid, *map(int, workers)):  # torchrun before those that it would tidy up
+            os.kill(pid, signal.SIGKILL)
+        first.wait()

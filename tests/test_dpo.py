@@ -1,14 +1,9 @@
 """dpo.py: the losses beside TRL's, log-probabilities of answers, the reference in three ways, runs."""
+import functools
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +23,8 @@ from lora import add_lora
 from objectives import token_logps
 from parallel import Env
 from preferences import Pair, encode_pairs
-from support import in_process, randn, random_ids, random_model, seeded
+from support import in_process, kill_in_the_middle, randn, random_ids, random_model, run_stage, seeded
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
 TOKENIZER = with_chat_tokens(Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"]))  # 261 ids
 
@@ -518,6 +512,10 @@ def test_stored_values_are_read_again_and_those_of_other_pairs_or_weights_refuse
             dpo.stored_reference(model_for, {"train": again}, path, known | {what: "other"}, CPU)
 
 
+def loss_with(settings):
+    return functools.partial(preference_loss, settings=settings)
+
+
 # ---- learning ----------------------------------------------------------------------------------------------
 
 
@@ -525,7 +523,7 @@ def test_pairs_are_learnt_by_heart(tmp_path):
     model, batches = model_for(), Pairs(encoded(4), 4, 64)
     settings = settings_for(tmp_path, steps=12, lr=0.02, adam_lr=3e-3)
     dpo.stored_reference(model.eval, {"train": batches}, tmp_path / "r.safetensors", {}, CPU)
-    last = train.train(model, batches, partial(preference_loss, settings=settings), settings, CPU, TOKENIZER)
+    last = train.train(model, batches, loss_with(settings), settings, CPU, TOKENIZER)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()]
     assert log[0]["loss_nats_per_pair"] == pytest.approx(math.log(2), rel=1e-5)
     assert last["accuracy"] == 1.0 and last["loss_nats_per_pair"] < 0.4 and last["margin"] > 0.5
@@ -540,7 +538,7 @@ def test_micro_batches_change_nothing(tmp_path):
         model, settings = model_for(), settings_for(tmp_path / str(size), micro_batch_size=size, steps=3)
         batches = Pairs(encoded(10), size, 64)
         dpo.stored_reference(model.eval, {"train": batches}, tmp_path / f"r{size}.safetensors", {}, CPU)
-        logs.append(train.train(model, batches, partial(preference_loss, settings=settings), settings, CPU))
+        logs.append(train.train(model, batches, loss_with(settings), settings, CPU))
     for name in ("loss_nats_per_pair", "grad_norm", "margin", "chosen_logp_nats_per_token"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4, abs=1e-6), name
 
@@ -634,7 +632,7 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path
         model, settings = load_model(place / "sft")[0], settings_for(folder, steps=6, save_every=2)
         batches = Pairs(encoded(10), 4, 64)
         dpo.stored_reference(model.eval, {"train": batches}, tmp_path / "r.safetensors", {}, CPU)
-        train.train(model, Stops(batches, stop), partial(preference_loss, settings=settings), settings, CPU)
+        train.train(model, Stops(batches, stop), loss_with(settings), settings, CPU)
         return (folder / "run" / "model.safetensors").read_bytes()
     whole = one(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -673,30 +671,24 @@ def test_rounds_start_where_the_last_one_ended_and_what_is_done_is_passed_over(p
                       for path in (tmp_path / "run").glob("round_*/*/model.safetensors")}
 
 
-def program(words, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return ([sys.executable, *(launcher if processes > 1 else []), str(ROOT / "dpo.py"), *words],
-            {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
-
-
-def run_dpo(words, processes=1):
-    line, environment = program(words, processes)
-    done = subprocess.run(line, capture_output=True, encoding="utf-8", errors="replace", env=environment,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    text = Path(words[words.index("--out") + 1], "log.jsonl").read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+@pytest.fixture(scope="module")
+def alone(place, tmp_path_factory):
+    """What one process learns with these settings, each asked for once."""
+    @functools.cache
+    def log(**settings):
+        out = tmp_path_factory.mktemp("alone") / "run"
+        return run_stage("dpo.py", arguments(place, out, questions=2, **settings))
+    return log
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp", "reference": "model"},
                                     {"data_parallel": "fsdp", "lora_rank": 2, "lora_alpha": 4},
                                     {"tensor_parallel": 2}], ids=str)
-def test_two_processes_learn_what_one_does(place, tmp_path, layout):
+def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
     lora = {name: value for name, value in layout.items() if name.startswith("lora")}
-    common = dict(steps=4, questions=2)
-    one = run_dpo(arguments(place, tmp_path / "one", **common, **lora))
-    two = run_dpo(arguments(place, tmp_path / "two", **common, **layout), processes=2)
+    one = alone(**lora)
+    two = run_stage("dpo.py", arguments(place, tmp_path / "two", questions=2, **layout), processes=2)
     for a, b in zip(one, two, strict=True):
         assert a["targets"] == b["targets"] == 4
         for name in ("loss_nats_per_pair", "grad_norm", "margin", "chosen_logp_nats_per_token"):
@@ -710,19 +702,10 @@ def test_two_processes_learn_what_one_does(place, tmp_path, layout):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
     common = dict(steps=12, save_every=2, questions=0, data_parallel="fsdp")
-    run_dpo(arguments(place, tmp_path / "whole", **common), processes=2)
+    run_stage("dpo.py", arguments(place, tmp_path / "whole", **common), processes=2)
     words = arguments(place, tmp_path / "killed", **common)
-    line, environment = program(words, processes=2)
-    with open(tmp_path / "output", "wb") as output:
-        first = subprocess.Popen(line, env=environment, stdout=output, stderr=output)
-        while not list((tmp_path / "killed").glob("state/step_*4")) and first.poll() is None:
-            time.sleep(0.01)
-        assert first.poll() is None, (tmp_path / "output").read_text("utf-8", errors="replace")[-3000:]
-        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text(encoding="ascii").split()
-        for pid in (first.pid, *map(int, workers)):  # torchrun before those that it would tidy up
-            os.kill(pid, signal.SIGKILL)
-        first.wait()
-    assert [line["step"] for line in run_dpo(words, processes=2)] == list(range(1, 13))
+    kill_in_the_middle("dpo.py", words, tmp_path / "output")
+    assert [line["step"] for line in run_stage("dpo.py", words, processes=2)] == list(range(1, 13))
     whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed, "what was learnt before the kill, or the pairs after it, were others"
 

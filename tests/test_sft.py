@@ -4,10 +4,8 @@ import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from config import UserError
 from model import generate
 from parallel import Env
 from sft import Packed, answers, best_fit, examples_of, f1, reply_loss, score
-from support import in_process, random_model, seeded
+from support import in_process, kill_in_the_middle, random_model, run_stage, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
@@ -637,28 +635,12 @@ def test_render_is_sfts():
     assert sft.render is render
 
 
-def program(words, processes=1):
-    """(command, environment) of sft.py with these words."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "sft.py"), *words]
-    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-
-
-def run_sft(words, processes=1):
-    command, environment = program(words, processes)
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in
-            Path(words[words.index("--out") + 1], "log.jsonl").read_text("utf-8").splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"}, {"tensor_parallel": 2}])
 def test_two_processes_learn_what_one_does(base, tmp_path, layout):
     common = dict(steps=6, questions=2)
-    one = run_sft(arguments(base, tmp_path / "one", **common))
-    two = run_sft(arguments(base, tmp_path / "two", **common, **layout), processes=2)
+    one = run_stage("sft.py", arguments(base, tmp_path / "one", **common))
+    two = run_stage("sft.py", arguments(base, tmp_path / "two", **common, **layout), processes=2)
     for a, b in zip(one, two, strict=True):
         assert a["targets"] == b["targets"]
         for name in ("loss_nats_per_token", "grad_norm"):
@@ -671,19 +653,10 @@ def test_two_processes_learn_what_one_does(base, tmp_path, layout):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(base, tmp_path):
     common = dict(steps=12, save_every=2, questions=2, data_parallel="fsdp")
-    run_sft(arguments(base, tmp_path / "whole", **common), processes=2)
+    run_stage("sft.py", arguments(base, tmp_path / "whole", **common), processes=2)
     words = arguments(base, tmp_path / "killed", **common)
-    command, environment = program(words, processes=2)
-    with open(tmp_path / "output", "wb") as output:
-        first = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        while not list((tmp_path / "killed").glob("state/step_*4")) and first.poll() is None:
-            time.sleep(0.01)
-        assert first.poll() is None, (tmp_path / "output").read_text("utf-8", errors="replace")[-3000:]
-        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text(encoding="ascii").split()
-        for pid in (first.pid, *map(int, workers)):  # torchrun before those that it would tidy up
-            os.kill(pid, signal.SIGKILL)
-        first.wait()
-    log = run_sft(words, processes=2)
+    kill_in_the_middle("sft.py", words, tmp_path / "output")
+    log = run_stage("sft.py", words, processes=2)
     assert [line["step"] for line in log] == list(range(1, 13))
     whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed, "what was learnt before the kill, or the windows after it, were others"

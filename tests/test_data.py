@@ -313,8 +313,8 @@ class FakeTokenizer:
         bytes_and_one = {id: bytes([id]) for id in range(256)} | {vocab_size - 1: b"##"}
         self.dtype = Tokenizer([], vocab=bytes_and_one).dtype
 
-    def encode(self, text):
-        return [0, self.vocab_size - 1]
+    def _encode_texts(self, texts):
+        return [np.array([0, self.vocab_size - 1], self.dtype) for _ in texts]
 
 
 @pytest.mark.parametrize("vocab_size, dtype, width", [(65_536, "uint16", 2), (65_537, "uint32", 4)])

@@ -462,7 +462,7 @@ def judge(line: dict, run: Run, validation: dict, loss_fn, env) -> bool:
     for name, batches in validation.items():
         result = evaluate(run.model, batches, loss_fn, env)
         losses.append(result.pop("loss"))
-        del result["tokens"]
+        result.pop("tokens", None)
         line[f"{name}val_loss_nats_per_{term(batches)}"] = losses[-1]
         line |= {f"{name}val_{figure}": value for figure, value in result.items()}
     loss = losses[0]

@@ -645,7 +645,7 @@ def chats(place):
     """Prompts for the rounds: some to describe, some to write."""
     (place / "chat").mkdir(exist_ok=True)
     for split, number in (("train", 12), ("val", 6)):
-        lines = [json.dumps({"messages": [{"role": "user", "content": "the a"},
+        lines = [json.dumps({"messages": [{"role": "user", "content": "the a " + "taeh"[i % 4] * (i // 4)},
                                           {"role": "assistant", "content": "the e t " * (i % 3 + 1)}]})
                  for i in range(number)]
         (place / "chat" / f"{split}.jsonl").write_text("\n".join(lines), "utf-8")
@@ -656,7 +656,7 @@ def test_rounds_start_where_the_last_one_ended_and_what_is_done_is_passed_over(p
                                                                               command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = arguments(place, tmp_path / "run", data=None, prompts_data=chats, rounds=2, steps=2, samples=8,
-                      margin=1e-6, max_new_tokens=30, questions=2)
+                      margin=1e-6, max_new_tokens=30, seq_len=96, questions=2)
     code, out, err = command(words)
     assert code == 0, err
     first, second = (line for line in out.splitlines() if line.startswith("round "))

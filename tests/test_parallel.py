@@ -155,13 +155,13 @@ def reference(changes, cache={}):  # noqa: B006: one process's curve, computed o
 def check_parity(names, variants, optimizers=("muon",)):
     """Losses and gradient norms of 20 steps, in each layout, against those of one process.
 
-    Techniques in four processes, on two cores the slowest of all tests, are followed for 8: what is added up
-    wrongly shows in the first gradient norm, and what is learnt from it in the second loss.
+    Techniques, on two cores the slowest of all tests, are followed for 3: what is added up wrongly shows in the
+    first gradient norm, what is learnt from it in the second loss, and what the optimizer keeps in the third.
     """
     cases = list(itertools.product(names, variants, optimizers))
     for world_size in (2, 4):
         tasks = [(case, task_curve, ({**LAYOUTS[case[0]][1], **VARIANTS[case[1]], "optimizer": case[2]},
-                                     STEPS if world_size == 2 or case[1] == "plain" else 8))
+                                     STEPS if case[1] == "plain" and case[2] == "muon" else 3))
                  for case in cases if LAYOUTS[case[0]][0] == world_size]
         results = in_processes(world_size, tasks) if tasks else {}
         for (layout, variant, optimizer), found in results.items():
@@ -169,7 +169,7 @@ def check_parity(names, variants, optimizers=("muon",)):
             for rank, figures in enumerate(found):
                 where = f"{layout}, {variant}, {optimizer}, process {rank}"
                 assert isinstance(figures, list), f"{where}: {figures}"
-                assert len(figures) >= 8
+                assert len(figures) >= 3
                 for step, (a, b) in enumerate(zip(figures, expected)):
                     # the issue's bound; float32 sums in another order give 1e-7, Adam's division a bit more
                     assert a == pytest.approx(b, rel=1e-4), f"{where}, step {step + 1}: {a}, one process {b}"

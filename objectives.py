@@ -148,9 +148,14 @@ def token_logps(model: Transformer, inputs: Tensor, targets: Tensor, mask: Mask 
     inputs, targets: (B, T) as of next_token_loss, whose parts these are; here each has a gradient of its own,
     as preferences and rewards need it. Never are the logits of all tokens held.
     """
-    assert type(model.lm_head) is nn.Linear, "this reads the head's weight, not what wraps it"
     hidden, valid = model.model(inputs, mask=mask), targets != IGNORE  # (B, T, C)
-    return LinearLogps.apply(hidden[valid], *own_rows(effective_weight(model.lm_head)), targets[valid])
+    return logps_of_hidden(model, hidden[valid], targets[valid])
+
+
+def logps_of_hidden(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """token_logps of what the decoder has made already: hidden (N, C), targets (N,) -> (N,)."""
+    assert type(model.lm_head) is nn.Linear, "this reads the head's weight, not what wraps it"
+    return LinearLogps.apply(hidden, *own_rows(effective_weight(model.lm_head)), targets)
 
 
 class LinearLogps(torch.autograd.Function):

@@ -199,6 +199,7 @@ class Run:
         self.best_loss, self.best_step = None, None
         self.thread, self.error, self.stall = None, None, None
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if env.world_size > 1 else None
+        self.others: dict[str, tuple] = {}  # {name: (model, optimizer)} of what else learns, as PPO's critic
 
     def save(self, log):
         """Begin to write this moment's state; training waits for a copy in memory, and the last state."""
@@ -208,12 +209,18 @@ class Run:
         extra = {"identity": self.identity, "scaler": self.scaler.state_dict() if self.scaler else None,
                  **{name: getattr(self, name) for name in self.NUMBERS}}
         tensors = {group: {name: Parted(tensor, self.group, self.copy(tensor))
-                           for name, tensor in named.items()}
-                   for group, named in named_tensors(self.model, self.optimizer).items()}
+                           for name, tensor in named.items()} for group, named in self.tensors().items()}
         # daemon: where one of several processes ends in an error, half a state is no reason to stay
         self.thread = threading.Thread(target=self.write, args=(self.step, tensors, extra), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a state holds, by the files that it lies in."""
+        found = named_tensors(self.model, self.optimizer)
+        for name, pair in self.others.items():
+            found |= {f"{name}_{group}": named for group, named in named_tensors(*pair).items()}
+        return found
 
     def copy(self, tensor: Tensor) -> Tensor | None:
         """This process's part in the CPU's memory, where it is this one that will be asked for it."""
@@ -279,13 +286,20 @@ class Run:
             setattr(self, name, extra[name])
         if self.scaler and extra["scaler"]:
             self.scaler.load_state_dict(extra["scaler"])
-        adapted, parameters = saved_tensors(self.model)
-        for name, p in parameters.items():
-            local_part(p).copy_(own_part(tensors["adapter_model" if adapted else "model"][name], p))
-        self.optimizer.state.clear()
-        for name, whole in tensors["optimizer"].items():
-            name, _, key = name.rpartition(".")
-            self.optimizer.state[parameters[name]][key] = laid_out(whole, parameters[name])
+        put_back(self.model, self.optimizer, tensors)
+        for name, pair in self.others.items():
+            put_back(*pair, {group: tensors[f"{name}_{group}"] for group in ("model", "optimizer")})
+
+
+def put_back(model: nn.Module, optimizer, tensors: dict[str, dict[str, Tensor]]):
+    """Copy out of what `named_tensors` gave this process's parts of weights and moments."""
+    adapted, parameters = saved_tensors(model)
+    for name, p in parameters.items():
+        local_part(p).copy_(own_part(tensors["adapter_model" if adapted else "model"][name], p))
+    optimizer.state.clear()
+    for name, whole in tensors["optimizer"].items():
+        name, _, key = name.rpartition(".")
+        optimizer.state[parameters[name]][key] = laid_out(whole, parameters[name])
 
 
 def named_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
@@ -346,7 +360,7 @@ MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "to
 def open_run_folder(settings):
     """Make settings.out, or refuse it, and hold it alone. Only --overwrite deletes, and what a run writes."""
     folder = Path(settings.out)
-    for name in ("data", "init_from", "replay"):
+    for name in ("data", "init_from", "replay", "prompts_data", "reward_model", "critic_from"):
         other = getattr(settings, name, None)
         if other and folder.resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
             raise UserError(f"--out {folder} holds --{name} {other}; choose another --out")
@@ -367,7 +381,7 @@ def clear_run_folder(folder: Path, overwrite: bool):
         shutil.rmtree(folder / "state", ignore_errors=True)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         # settings.json stays: after a kill here it is still a run
-        for name in (*MODEL_FILES, "log.jsonl", "trace.json", "results.json", "rewards.svg"):
+        for name in (*MODEL_FILES, "log.jsonl", "trace.json", "results.json", "rewards.svg", "kl.svg"):
             (folder / name).unlink(missing_ok=True)
     if any((folder / name).exists() for name in MODEL_FILES) and not states(folder / "state"):
         raise UserError(f"{folder} holds a model but no state to go on from; choose another --out, "
@@ -380,7 +394,7 @@ def is_run(folder: Path) -> bool:
         content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and {"steps", "data", "out", "schedule"} <= content.keys()
+    return isinstance(content, dict) and {"steps", "out", "schedule"} <= content.keys()
 
 
 @contextlib.contextmanager

@@ -405,15 +405,19 @@ def begin(model, settings, env, tokenizer, corpus: dict) -> tuple[Run, Log]:
     """The run of these settings, at the newest state in settings.out, else before step 1; and its log."""
     model = parallelize(model.train(), env)
     optimizer = make_optimizer(model, settings, env.say, env.products)
-    free = FREE | settings.free
-    identity = {name: value for name, value in asdict(settings).items() if name not in free} | corpus
-    run = Run(Path(settings.out), model, tokenizer, optimizer, env, identity)
+    run = Run(Path(settings.out), model, tokenizer, optimizer, env, identity_of(settings) | corpus)
     run.load()
     log = Log()
     env.first(lambda: log.open(run.folder, run.step, settings))
     if run.step == 0:
         run.save(log)  # so that there always is a state to go back to
     return run, log
+
+
+def identity_of(settings) -> dict:
+    """The settings that say what is learnt: a state is gone on from only where these are equal."""
+    free = FREE | settings.free
+    return {name: value for name, value in asdict(settings).items() if name not in free}
 
 
 def one_step(run: Run, batches, loss_fn, settings, env) -> dict:

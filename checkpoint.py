@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import families
 import metaspace
@@ -188,7 +188,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
     beside the old files first, so a full disk loses nothing; then config.json goes first and comes last, so a
     folder that has one is whole.
     """
-    assert isinstance(model, Transformer), f"save the Transformer, not the {type(model).__name__} around it"
+    assert hasattr(model, "task"), f"save the Transformer, not the {type(model).__name__} around it"
     folder = Path(folder)
     staging = folder / "save_model.tmp"
     shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
@@ -209,26 +209,31 @@ def save_model(model: Transformer, tokenizer: Tokenizer | None, folder, eos_toke
 def write_model(model: Transformer, tokenizer: Tokenizer | None, folder: Path, eos_token: str | None,
                 tensors: Mapping[str, Tensor] | None, chat_template: str | None):
     config, tensors = model.config, dict(model.state_dict() if tensors is None else tensors)
-    expected = empty_model(config).state_dict().keys()
+    expected = empty_model(config, type(model)).state_dict().keys()
     if config.tie_embeddings:
         assert model.lm_head.weight is model.model.embed_tokens.weight, "the head has come loose"
         expected -= {"lm_head.weight"}
         tensors.pop("lm_head.weight", None)
     changed = tensors.keys() ^ expected
     assert not changed, f"the model has been changed ({some(sorted(changed))}): merge its adapters first"
-    families.to_hugging_face(config)  # what no family can say is told before the work
+    families.to_hugging_face(config, model.task)  # what no family can say is told before the work
     write_tensors(folder / "model.safetensors", tensors, metadata=METADATA)
     write_settings(model, tokenizer, folder, eos_token, chat_template)
 
 
 def write_settings(model: Transformer, tokenizer: Tokenizer | None, folder: Path,
                    eos_token: str | None = None, chat_template: str | None = None):
-    """Write all of a model folder but the weights; config.json last."""
+    """Write all of a model folder but the weights; config.json last.
+
+    A model with a method own_settings(tokenizer) has more to say there than its family and its tokenizer do.
+    """
     ids, stops = {}, []
+    own = model.own_settings(tokenizer) if hasattr(model, "own_settings") else {}
     if tokenizer is not None:
         special, chat_template = tokenizer.special_tokens, chat_template or tokenizer.chat_template
         eos_token = eos_token or tokenizer.eos_token or next(filter(special.get, END_OF_TEXT), None)
-        tokens = {"bos_token": tokenizer.bos_token, "eos_token": eos_token}
+        pad_token = next((token for token in special if special[token] == own.get("pad_token_id")), None)
+        tokens = {"bos_token": tokenizer.bos_token, "eos_token": eos_token, "pad_token": pad_token}
         tokens = {name: token for name, token in tokens.items() if token in special}
         ids = {f"{name}_id": special[token] for name, token in tokens.items()}
         end = [ids["eos_token_id"]] if "eos_token_id" in ids else []
@@ -244,17 +249,19 @@ def write_settings(model: Transformer, tokenizer: Tokenizer | None, folder: Path
             file.write(chat_template)
     write_json(folder / "generation_config.json",
                ids | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}))
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**families.to_hugging_face(model.config), "torch_dtype": dtype,
-                                        "bos_token_id": None, "eos_token_id": None, **ids})
+    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**families.to_hugging_face(model.config, model.task),
+                                        "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": None,
+                                        **ids, **own})
 
 
-def load_model(folder, device="cpu", dtype=torch.float32,
-               stored_as: Callable | None = None) -> tuple[Transformer, Tokenizer | None]:
+def load_model(folder, device="cpu", dtype=torch.float32, stored_as: Callable | None = None,
+               kind: type[nn.Module] = Transformer) -> tuple[Transformer, Tokenizer | None]:
     """(model in eval mode, its tokenizer or None) from a folder of ours, or of a family of families.py.
 
     stored_as: stored_as(model, name, tensor) may edit the model, and gives {name: tensor}, which it is then
-    to hold in place of this tensor; called for one after the other (lora.py quantises so).
+    to hold in place of this tensor; called for one after the other (lora.py quantises so). kind: of model:
+    the Transformer, or another class with its `task`, and its config as the one argument (reward_model.py).
 
     Raises UserError where something is missing, damaged, or not what config.json says (names, shapes), and
     where the model has a feature that ours has not. A tokenizer of a kind that cannot be read here is None,
@@ -263,11 +270,11 @@ def load_model(folder, device="cpu", dtype=torch.float32,
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
-    config, stored = model_config(folder / "config.json"), stored_tensors(folder)
+    config, stored = model_config(folder / "config.json", kind.task), stored_tensors(folder)
     if config.n_layers > len(stored):  # told before a model of a million layers is laid out
         raise UserError(f"{folder} has {len(stored)} tensors, too few for the {config.n_layers} layers that "
                         f"its config.json implies")
-    model, head = empty_model(config), stored.get("lm_head.weight")
+    model, head = empty_model(config, kind), stored.get("lm_head.weight")
     check_names(folder, {name: entry.shape for name, (_, entry) in stored.items()}, model)
     for name, (_, entry) in stored.items():
         if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
@@ -289,10 +296,10 @@ def load_model(folder, device="cpu", dtype=torch.float32,
     return model.eval(), load_tokenizer(folder, config)
 
 
-def empty_model(config: ModelConfig) -> Transformer:
+def empty_model(config: ModelConfig, kind: type[nn.Module] = Transformer) -> Transformer:
     """A model of the right shapes without memory behind them."""
     with torch.device("meta"):
-        return Transformer(config)
+        return kind(config)
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
@@ -431,11 +438,11 @@ def read_stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
     return ()
 
 
-def model_config(path: Path) -> ModelConfig:
+def model_config(path: Path, task: str = Transformer.task) -> ModelConfig:
     """ModelConfig from a config.json of ours, or of transformers 4 or 5; UserError where it cannot say it."""
     content = read_json(path)
     try:
-        return families.from_hugging_face(content)
+        return families.from_hugging_face(content, task)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -625,8 +625,11 @@ def check_tokenizer(settings: Settings, tokenizer: Tokenizer | None):
                         f"{settings.template}; first: python sft.py, or choose another --template")
 
 
-def read_splits(settings: Settings, tokenizer: Tokenizer, env: Env) -> dict[str, list[Pair]]:
-    """{"train", "val"}: the pairs of --data as ids; of a single file a share drawn by lot is held out."""
+def read_splits(settings, tokenizer: Tokenizer, env: Env,
+                seq_len: int | None = None) -> dict[str, list[tuple[dict, Pair]]]:
+    """{"train", "val"}: the pairs of --data as they are and as ids; of a single file a share drawn by lot is
+    held out. seq_len: of the windows, default settings.seq_len.
+    """
     place = Path(settings.data)
     files = [place / f"{split}.jsonl" for split in SPLITS] if place.is_dir() else [place]
     encoded = []
@@ -636,17 +639,17 @@ def read_splits(settings: Settings, tokenizer: Tokenizer, env: Env) -> dict[str,
                             f"train.jsonl and val.jsonl (python dpo.py --make_pairs)")
         with contextlib.redirect_stdout(None) if env.rank else contextlib.nullcontext():
             pairs = list(read_preferences(file, settings.on_bad_line))
-            encoded.append(encode_pairs(pairs, tokenizer, TEMPLATES[settings.template], settings.seq_len,
-                                        settings.on_bad_line)[1])
+            encoded.append(list(zip(*encode_pairs(pairs, tokenizer, TEMPLATES[settings.template],
+                                                  seq_len or settings.seq_len, settings.on_bad_line))))
     if len(encoded) == 1:
         encoded = sft.held_out(encoded[0], settings.val_share, place)
     return dict(zip(SPLITS, encoded))
 
 
-def pack(settings: Settings, pairs: dict[str, list[Pair]], env: Env) -> dict[str, Pairs]:
+def pack(settings, pairs: dict[str, list[tuple[dict, Pair]]], env: Env) -> dict[str, Pairs]:
     place = {"rank": env.data_rank, "world_size": env.data_world_size}
-    splits = {split: Pairs(some, micro_batch(settings, env), settings.seq_len, settings.seed, **place)
-              for split, some in pairs.items()}
+    splits = {split: Pairs([ids for _, ids in some], micro_batch(settings, env), settings.seq_len,
+                           settings.seed, **place) for split, some in pairs.items()}
     for split, batches in splits.items():
         env.say(f"{split}: {batches.windows:,} pairs of {batches.window_tokens:.0f} tokens")
     return splits

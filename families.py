@@ -8,7 +8,8 @@
 A config.json leaves out what is usual in its family, and each family finds something else usual: DEFAULTS are
 those of transformers 5. `from_hugging_face` reads a config.json of transformers 4 or 5, `to_hugging_face`
 writes one that both read. What a model of ours cannot say, or theirs cannot, is refused by name: logits that
-are nearly right would be worse.
+are nearly right would be worse. With one number as its head (reward_model.py) a family's name ends in
+ForSequenceClassification instead of ForCausalLM; all else is the same.
 """
 import math
 
@@ -41,12 +42,13 @@ DEFAULTS = {"LlamaForCausalLM": LLAMA, "MistralForCausalLM": MISTRAL, "Qwen2ForC
 ALWAYS = {"MistralForCausalLM": {"attention_bias": False}, "Qwen2ForCausalLM": {"attention_bias": True}}
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
                "Qwen3ForCausalLM": "qwen3"}
+SCORES = "ForSequenceClassification"
 ONLY = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0}
 
 
-def from_hugging_face(content: dict) -> ModelConfig:
+def from_hugging_face(content: dict, task: str = "ForCausalLM") -> ModelConfig:
     """ModelConfig of a config.json's content. Raises UserError, by name, where that says something else."""
-    architecture = architecture_in(content)
+    architecture = architecture_in(content, task)
     for key, value in ONLY.items():
         if content.get(key) not in (None, value):
             raise UserError(f"{key} {content[key]!r:.60} is not supported; only {value} is")
@@ -57,12 +59,15 @@ def from_hugging_face(content: dict) -> ModelConfig:
     if values["n_heads"] * (values["head_dim"] or 1) > LARGEST:
         raise UserError(f"num_attention_heads {values['n_heads']} with head_dim {values['head_dim']} are "
                         f"wider than {LARGEST} together")
+    values["tie_embeddings"] &= task == "ForCausalLM"  # there is no head of the vocabulary's size to be tied
     return ModelConfig(**{**values, **rope_in(content)}, sliding_window=window_in(content, architecture),
                        qk_norm=architecture == "Qwen3ForCausalLM",
                        output_bias=architecture != "Qwen2ForCausalLM")
 
 
-def architecture_in(content: dict) -> str:
+def architecture_in(content: dict, task: str = "ForCausalLM") -> str:
+    """The family, by the name of its language model. Raises UserError where it is unknown, or not for `task`.
+    """
     match content:
         case {"architectures": [str(name), *_]}:
             pass
@@ -71,6 +76,13 @@ def architecture_in(content: dict) -> str:
         case _:
             raise UserError("it names no architecture, and no model_type either")
     name = {model_type: known for known, model_type in MODEL_TYPES.items()}.get(name, name)
+    family, ending = name.removesuffix(SCORES), SCORES if name.endswith(SCORES) else "ForCausalLM"
+    name = family + "ForCausalLM" if ending == SCORES else name
+    if name in DEFAULTS and content.get("architectures") and ending != task:
+        raise UserError(f"{family}{ending} is a reward model: it scores texts and writes none; only "
+                        f"reward_model.py and ppo.py open it" if ending == SCORES else
+                        f"{name} is a language model, no reward model; make one of it with: python ppo.py "
+                        f"--train_reward_model")
     if name not in DEFAULTS:
         *most, last = DEFAULTS
         raise UserError(f"architecture {name!r:.60} is not supported; {', '.join(most)} and {last} are")
@@ -150,7 +162,7 @@ def rope_in(content: dict) -> dict:
     return {"rope_theta": float(theta), "rope_scaling": scaling, "max_seq_len": length}
 
 
-def to_hugging_face(config: ModelConfig) -> dict:
+def to_hugging_face(config: ModelConfig, task: str = "ForCausalLM") -> dict:
     """config.json of a model, without what belongs to its tokenizer. UserError where no family fits."""
     architecture, length = family_of(config), config.max_seq_len
     scaling = dict(config.rope_scaling or {})
@@ -158,7 +170,7 @@ def to_hugging_face(config: ModelConfig) -> dict:
         trained = scaling.pop("original_max_position_embeddings")
         length = trained if scaling["rope_type"] == "dynamic" else length
     content = {
-        "architectures": [architecture], "model_type": MODEL_TYPES[architecture],
+        "architectures": [architecture.replace("ForCausalLM", task)], "model_type": MODEL_TYPES[architecture],
         # the first to spell all of this so; without it the tokenizer beside a Mistral is suspected of a fault
         "transformers_version": "5.0.0",
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},

@@ -182,6 +182,7 @@ class Decoder(nn.Module):
 
 class Transformer(nn.Module):
     """The language model: Decoder and head. `model(ids)`: the logits of the token after each position."""
+    task = "ForCausalLM"  # what Hugging Face's class is called, behind the name of its family
 
     def __init__(self, config: ModelConfig):
         super().__init__()

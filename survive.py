@@ -35,7 +35,6 @@ from torch.distributed.tensor import DTensor
 import lora
 from checkpoint import load_state, save_model, save_state, states, write_order, write_settings
 from config import UserError
-from model import Transformer
 from parallel import PATIENCE, Env, own_part, part_at
 
 
@@ -241,7 +240,7 @@ class Run:
         """Make a state's folder a model folder too: sample.py and transformers open it."""
         if lora.adapters_of(self.model):
             lora.write_adapter_settings(self.model, self.tokenizer, folder)
-        elif isinstance(self.model, Transformer):
+        elif hasattr(self.model, "task"):  # a model of ours, not some module
             write_settings(self.model, self.tokenizer, folder)
 
     def wait(self):

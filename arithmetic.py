@@ -52,19 +52,22 @@ def problem(numbers: Sequence[int], think: bool = True) -> dict:
                          {"role": "assistant", "content": reply}], "task": "add", "answer": str(total)}
 
 
-def sums(terms: int, digits: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """Yield different sums of so many numbers of so many digits, without end; none is another's permutation."""
+def sums(terms: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
+    """Yield different sums, without end: a number of two digits, and terms - 1 of one. See how_many.
+
+    None is another's permutation.
+    """
     seen = set()
     while True:
-        numbers = tuple(rng.randrange(10 ** (digits - 1), 10 ** digits) for _ in range(terms))
-        if tuple(sorted(numbers)) not in seen:
-            seen.add(tuple(sorted(numbers)))
-            yield numbers
+        first, *others = rng.randint(10, 99), *(rng.randint(1, 9) for _ in range(terms - 1))
+        if (first, *sorted(others)) not in seen:
+            seen.add((first, *sorted(others)))
+            yield first, *others
 
 
-def how_many(terms: int, digits: int) -> int:
-    """So many different sums there are: multisets of `terms` of the numbers of so many digits."""
-    return math.comb(9 * 10 ** (digits - 1) + terms - 1, terms)
+def how_many(terms: int) -> int:
+    """So many different sums there are: 90 first numbers, and multisets of the nine digits."""
+    return 90 * math.comb(9 + terms - 2, terms - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -98,10 +101,9 @@ class Settings:
     out: str = "runs/arithmetic"  # folder to write, or whose held-out problems are measured
     overwrite: bool = False  # replace what is in `out`
     think: bool = True  # replies write the steps out, before the answer
-    terms: int = 3  # numbers of a sum
-    digits: int = 2  # of each number
+    terms: int = 4  # numbers of a sum: the first has two digits, the others one
     learn: int = 4000  # problems to learn the form from, with sft.py
-    problems: int = 8000  # others, for ppo.py to ask
+    problems: int = 6000  # others, for ppo.py to ask
     val: int = 500  # others still, held out from both
     dim: int = 128  # width of the model
     layers: int = 3  # of the model
@@ -112,14 +114,13 @@ class Settings:
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
 
     def __post_init__(self):
-        require(self, terms=(2, 8), digits=(1, 6), learn=(1, None), problems=(1, None), val=(1, None),
+        require(self, terms=(2, 8), learn=(1, None), problems=(1, None), val=(1, None),
                 dim=(8, None), layers=(1, None), seed=(0, 2 ** 63 - 1), samples=(1, None),
                 max_new_tokens=(1, None))
-        wanted, there = self.learn + self.problems + self.val, how_many(self.terms, self.digits)
-        if not self.measure and wanted > there // 2:
-            raise UserError(f"{wanted:,} problems are wanted, and there are {there:,} sums of {self.terms} "
-                            f"numbers of {self.digits} digits, of which half are drawn at most; pass fewer, "
-                            f"more --terms or more --digits")
+        wanted, there = self.learn + self.problems + self.val, how_many(self.terms)
+        if not self.measure and wanted > 0.8 * there:  # the last ones would be drawn for ever
+            raise UserError(f"{wanted:,} problems are wanted, and of the {there:,} sums of {self.terms} numbers "
+                            f"at most 80 % are drawn; pass fewer --learn or --problems, or more --terms")
 
 
 def main():
@@ -137,7 +138,7 @@ def write(settings: Settings):
     for place in (out / "sft", out / "problems", out / "start"):
         if place.exists() and not settings.overwrite:
             raise UserError(f"{place} exists; pass --overwrite to replace it, or another --out")
-    drawn = sums(settings.terms, settings.digits, random.Random(settings.seed))
+    drawn = sums(settings.terms, random.Random(settings.seed))
     val, learn, problems = ([problem(next(drawn), settings.think) for _ in range(number)]
                             for number in (settings.val, settings.learn, settings.problems))
     tokenizer = tokenizer_for_sums()

@@ -25,7 +25,7 @@ import sft
 import stdlib_chat
 from config import UserError
 
-MAX_CHARS = 20_000  # of a body that is compiled: compile() takes hundreds of bytes for each of them
+MAX_CHARS = 4_000  # of a body that is compiled: lambdas in each other take compile() quadratic time
 
 
 class Reply(NamedTuple):

@@ -105,7 +105,7 @@ class Settings:
     learn: int = 4000  # problems to learn the form from, with sft.py
     problems: int = 6000  # others, for ppo.py to ask
     val: int = 500  # others still, held out from both
-    dim: int = 128  # width of the model
+    dim: int = 64  # width of the model
     layers: int = 3  # of the model
     seed: int = 0  # of problems and weights
     measure: tuple[str, ...] = ()  # write nothing; ask these model folders the held-out problems

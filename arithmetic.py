@@ -1,10 +1,10 @@
 """Problems with an exact answer, for reinforcement: sums, with the steps written out or without.
 
-    python arithmetic.py                              # runs/arithmetic: problems, conversations, a small model
+    python arithmetic.py                              # runs/arithmetic: problems, a small model
     python arithmetic.py --no-think --out runs/direct # the same problems, answered without steps
-    python arithmetic.py --measure runs/arithmetic-sft --samples 4    # exact answers to held-out problems
+    python arithmetic.py --measure runs/arithmetic/thinks --samples 4    # exact answers, held out
 
-    17+58+23  ->  <think>17+58=75 75+23=98</think><answer>98</answer>         or   <answer>98</answer>
+    47+5+8  ->  <think>47+5=52 52+8=60</think><answer>60</answer>            or   <answer>60</answer>
 
 A folder of them: sft/ (conversations to learn the form from), problems/ (others, to be asked by ppo.py, with
 the answer of each), start/ (a model with random weights, and a tokenizer for these texts). Both parts have
@@ -41,7 +41,7 @@ from sft import answers
 def problem(numbers: Sequence[int], think: bool = True) -> dict:
     """The conversation of one sum, with the author's answer.
 
-    By hand: (17, 58, 23) is answered with 17+58=75 75+23=98.
+    By hand: the thoughts about (17, 58, 23) are 17+58=75 75+23=98.
     """
     steps, total = [], numbers[0]
     for number in numbers[1:]:
@@ -119,8 +119,9 @@ class Settings:
                 max_new_tokens=(1, None))
         wanted, there = self.learn + self.problems + self.val, how_many(self.terms)
         if not self.measure and wanted > 0.8 * there:  # the last ones would be drawn for ever
-            raise UserError(f"{wanted:,} problems are wanted, and of the {there:,} sums of {self.terms} numbers "
-                            f"at most 80 % are drawn; pass fewer --learn or --problems, or more --terms")
+            raise UserError(f"{wanted:,} problems are wanted, and of the {there:,} sums of {self.terms} "
+                            f"numbers at most 80 % are drawn; pass fewer --learn or --problems, or more "
+                            f"--terms")
 
 
 def main():
@@ -194,7 +195,7 @@ def measure(folder: str, asked: Sequence[dict], settings: Settings) -> dict[str,
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, its standard error) of figures, one a problem: the samples of one problem are not independent."""
+    """(mean, its standard error) of figures, one a problem, whose samples are not independent."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
     return mean, math.sqrt(variance / len(values))

@@ -72,7 +72,8 @@ def test_a_digit_is_a_token_and_so_is_a_tag_which_stays_ordinary_text():
         "<|im_start|>", "user", "\n", *"17+5", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
 
 
-@pytest.mark.parametrize("text", ["", "<", "<<think>", "</", "<think", "2 < 3 <b>x_1</b>", "日本語 1٣", "a\r\n \0", "<a b>"])
+@pytest.mark.parametrize("text", ["", "<", "<<think>", "</", "<think", "2 < 3 <b>x_1</b>", "日本語 1٣",
+                                  "a\r\n \0", "<a b>"])
 def test_other_texts_come_back_as_they_were(text):
     tokenizer = tokenizer_for_sums()
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -82,7 +83,8 @@ def test_transformers_tokenizer_gives_the_same_ids(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     ours = tokenizer_for_sums()
     ours.save(tmp_path / "tokenizer.json")
-    peer, saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), Tokenizer.load(tmp_path / "tokenizer.json")
+    peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    saved = Tokenizer.load(tmp_path / "tokenizer.json")
     for numbers in islice(sums(4, random.Random(0)), 20):
         for message in problem(numbers)["messages"]:
             expected = ours.encode(message["content"])
@@ -114,7 +116,8 @@ def test_the_folder_has_what_each_stage_reads_and_nothing_is_in_two_splits(tmp_p
 
 def test_the_folder_is_a_function_of_its_settings(tmp_path, monkeypatch, capsys):
     def made(name, *words):
-        assert in_process(monkeypatch, capsys, arithmetic.main, "--out", tmp_path / name, *FEW, *words)[0] == 0
+        words = "--out", tmp_path / name, *FEW, *words
+        assert in_process(monkeypatch, capsys, arithmetic.main, *words)[0] == 0
         return contents(tmp_path / name)
     first, again, other, direct = made("a"), made("b"), made("c", "--seed", 1), made("d", "--no-think")
     assert first == again
@@ -123,7 +126,7 @@ def test_the_folder_is_a_function_of_its_settings(tmp_path, monkeypatch, capsys)
     for name in ("sft/train.jsonl", "problems/val.jsonl"):
         questions = [[json.loads(line)["messages"][0] for line in some[name].decode().splitlines()]
                      for some in (first, direct)]
-        assert questions[0] == questions[1] and first[name] != direct[name], "the same problems, without steps"
+        assert questions[0] == questions[1] and first[name] != direct[name], "the same, without steps"
 
 
 def test_a_folder_is_replaced_only_if_told_to(tmp_path, monkeypatch, capsys):
@@ -183,7 +186,7 @@ def test_models_are_measured_on_what_was_held_out(tmp_path, monkeypatch, capsys)
     words = ("--measure", tmp_path / "model", "--out", tmp_path / "a", "--max_new_tokens", 8)
     code, out, err = in_process(monkeypatch, capsys, arithmetic.main, *words)
     assert code == 0, err
-    assert out.startswith(f"{tmp_path / 'model'}: exact, greedy 0.0% ± 0.0%; exact, sampled 0.0% ± 0.0%; format")
+    assert out.startswith(f"{tmp_path / 'model'}: exact, greedy 0.0% ± 0.0%; exact, sampled 0.0% ± 0.0%")
 
 
 def test_right_replies_are_counted(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def test_a_truth_that_is_neither_text_nor_a_whole_number_is_told(answer):
 
 @pytest.mark.parametrize("text, expected", [
     (TAGGED, 1),
-    ("<think>\nno idea\n</think>\n<answer>\n7\n</answer>\n", 1),  # as open-r1 asks for it; the answer is wrong
+    ("<think>\nno idea\n</think>\n<answer>\n7\n</answer>\n", 1),  # as open-r1 asks for it; wrong
     ("<think>a < b</think><answer>98</answer>", 1),
     ("<answer>98</answer>", 0),
     ("<answer>98</answer><think>t</think>", 0),
@@ -169,7 +169,8 @@ def test_where_no_body_is_asked_for_nothing_compiles():
 N = MAX_CHARS // 2
 DEEP = {"parentheses": "return " + "(" * N + ")" * N, "minus": "return " + "-" * N + "a",
         "sum": "return a" + "+a" * N, "calls": "return a" + "()" * N, "dots": "return a" + ".a" * N,
-        "lambdas": "return " + "lambda:" * (N // 4) + "a", "branches": "return " + "a if a else " * (N // 7) + "a",
+        "lambdas": "return " + "lambda:" * (N // 4) + "a",
+        "branches": "return " + "a if a else " * (N // 7) + "a",
         "f-strings": "return " + "f'{" * 80 + "a" + "}'" * 80, "number": "return " + "9" * N,
         "power": "return 9**9**9**9", "repetition": "return 'a' * 10**10",
         "blocks": "if a: pass\n" + "    elif a: pass\n" * (N // 9)}
@@ -205,7 +206,8 @@ def test_f1_length_and_ends_by_hand():
 def test_no_reward_of_the_table_gives_less_than_its_floor_to_any_rubbish(name):
     texts = ["", " ", "\0", "\ud800", "<answer>", "</think><think>", "𝟗𝟖", "<answer>98</answer>\u202e", "def",
              "'''", "\\", "a" * 1000]
-    for question in (asked(TAGGED), asked("98"), asked("    pass", **BODY), asked("x", answer="98", task=None)):
+    for question in (asked(TAGGED), asked("98"), asked("    pass", **BODY),
+                     asked("x", answer="98", task=None)):
         for text in texts:
             for ended in (True, False):
                 value = worth(name, question, text, ended)
@@ -235,7 +237,8 @@ def test_the_reward_model_is_one_of_them_and_is_given_ids():
         return torch.tensor([len(prompt) + 10.0 * len(answer) for prompt, answer in zip(prompts, answers)],
                             dtype=torch.float64, requires_grad=True)
     sums = Rewards(("model=0.1", "ends"), model)
-    totals, parts = sums([asked("x")] * 2, [reply("y"), reply("z", ended=False)], ([[1, 2], [3]], [[4], [5, 6]]))
+    replies, ids = [reply("y"), reply("z", ended=False)], ([[1, 2], [3]], [[4], [5, 6]])
+    totals, parts = sums([asked("x")] * 2, replies, ids)
     torch.testing.assert_close(parts["model"], torch.tensor([12.0, 21.0]))
     torch.testing.assert_close(totals, torch.tensor([2.2, 2.1]))
     assert not totals.requires_grad

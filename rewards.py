@@ -115,7 +115,7 @@ def form(question: dict, reply: Reply) -> float:
         return 0.0
     for part in parts:
         content = inside(text, part)
-        if not text.startswith(f"<{part}>") or not content or not content.strip() or "<" + part in content:
+        if not text.startswith(f"<{part}>") or not content or not content.strip():
             return 0.0
         text = text.partition(f"</{part}>")[2].strip()
     return float(not text)

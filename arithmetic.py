@@ -1,10 +1,10 @@
 """Problems with an exact answer, for reinforcement: sums, with the steps written out or without.
 
-    python arithmetic.py                              # runs/arithmetic: problems, conversations, a small model
+    python arithmetic.py                              # runs/arithmetic: problems, a small model
     python arithmetic.py --no-think --out runs/direct # the same problems, answered without steps
-    python arithmetic.py --measure runs/arithmetic-sft --samples 4    # exact answers to held-out problems
+    python arithmetic.py --measure runs/arithmetic/thinks --samples 4    # exact answers, held out
 
-    17+58+23  ->  <think>17+58=75 75+23=98</think><answer>98</answer>         or   <answer>98</answer>
+    47+5+8  ->  <think>47+5=52 52+8=60</think><answer>60</answer>            or   <answer>60</answer>
 
 A folder of them: sft/ (conversations to learn the form from), problems/ (others, to be asked by ppo.py, with
 the answer of each), start/ (a model with random weights, and a tokenizer for these texts). Both parts have
@@ -41,7 +41,7 @@ from sft import answers
 def problem(numbers: Sequence[int], think: bool = True) -> dict:
     """The conversation of one sum, with the author's answer.
 
-    By hand: (17, 58, 23) is answered with 17+58=75 75+23=98.
+    By hand: the thoughts about (17, 58, 23) are 17+58=75 75+23=98.
     """
     steps, total = [], numbers[0]
     for number in numbers[1:]:
@@ -52,19 +52,22 @@ def problem(numbers: Sequence[int], think: bool = True) -> dict:
                          {"role": "assistant", "content": reply}], "task": "add", "answer": str(total)}
 
 
-def sums(terms: int, digits: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """Yield different sums of so many numbers of so many digits, without end; none is another's permutation."""
+def sums(terms: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
+    """Yield different sums, without end: a number of two digits, and terms - 1 of one. See how_many.
+
+    None is another's permutation.
+    """
     seen = set()
     while True:
-        numbers = tuple(rng.randrange(10 ** (digits - 1), 10 ** digits) for _ in range(terms))
-        if tuple(sorted(numbers)) not in seen:
-            seen.add(tuple(sorted(numbers)))
-            yield numbers
+        first, *others = rng.randint(10, 99), *(rng.randint(1, 9) for _ in range(terms - 1))
+        if (first, *sorted(others)) not in seen:
+            seen.add((first, *sorted(others)))
+            yield first, *others
 
 
-def how_many(terms: int, digits: int) -> int:
-    """So many different sums there are: multisets of `terms` of the numbers of so many digits."""
-    return math.comb(9 * 10 ** (digits - 1) + terms - 1, terms)
+def how_many(terms: int) -> int:
+    """So many different sums there are: 90 first numbers, and multisets of the nine digits."""
+    return 90 * math.comb(9 + terms - 2, terms - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -98,12 +101,11 @@ class Settings:
     out: str = "runs/arithmetic"  # folder to write, or whose held-out problems are measured
     overwrite: bool = False  # replace what is in `out`
     think: bool = True  # replies write the steps out, before the answer
-    terms: int = 3  # numbers of a sum
-    digits: int = 2  # of each number
+    terms: int = 4  # numbers of a sum: the first has two digits, the others one
     learn: int = 4000  # problems to learn the form from, with sft.py
-    problems: int = 8000  # others, for ppo.py to ask
+    problems: int = 6000  # others, for ppo.py to ask
     val: int = 500  # others still, held out from both
-    dim: int = 128  # width of the model
+    dim: int = 64  # width of the model
     layers: int = 3  # of the model
     seed: int = 0  # of problems and weights
     measure: tuple[str, ...] = ()  # write nothing; ask these model folders the held-out problems
@@ -112,14 +114,14 @@ class Settings:
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
 
     def __post_init__(self):
-        require(self, terms=(2, 8), digits=(1, 6), learn=(1, None), problems=(1, None), val=(1, None),
+        require(self, terms=(2, 8), learn=(1, None), problems=(1, None), val=(1, None),
                 dim=(8, None), layers=(1, None), seed=(0, 2 ** 63 - 1), samples=(1, None),
                 max_new_tokens=(1, None))
-        wanted, there = self.learn + self.problems + self.val, how_many(self.terms, self.digits)
-        if not self.measure and wanted > there // 2:
-            raise UserError(f"{wanted:,} problems are wanted, and there are {there:,} sums of {self.terms} "
-                            f"numbers of {self.digits} digits, of which half are drawn at most; pass fewer, "
-                            f"more --terms or more --digits")
+        wanted, there = self.learn + self.problems + self.val, how_many(self.terms)
+        if not self.measure and wanted > 0.8 * there:  # the last ones would be drawn for ever
+            raise UserError(f"{wanted:,} problems are wanted, and of the {there:,} sums of {self.terms} "
+                            f"numbers at most 80 % are drawn; pass fewer --learn or --problems, or more "
+                            f"--terms")
 
 
 def main():
@@ -137,7 +139,7 @@ def write(settings: Settings):
     for place in (out / "sft", out / "problems", out / "start"):
         if place.exists() and not settings.overwrite:
             raise UserError(f"{place} exists; pass --overwrite to replace it, or another --out")
-    drawn = sums(settings.terms, settings.digits, random.Random(settings.seed))
+    drawn = sums(settings.terms, random.Random(settings.seed))
     val, learn, problems = ([problem(next(drawn), settings.think) for _ in range(number)]
                             for number in (settings.val, settings.learn, settings.problems))
     tokenizer = tokenizer_for_sums()
@@ -193,7 +195,7 @@ def measure(folder: str, asked: Sequence[dict], settings: Settings) -> dict[str,
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, its standard error) of figures, one a problem: the samples of one problem are not independent."""
+    """(mean, its standard error) of figures, one a problem, whose samples are not independent."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
     return mean, math.sqrt(variance / len(values))

@@ -1,6 +1,6 @@
 """Rewards that a program can check: functions of (question, reply) -> float in a table, and sums of them.
 
-    python ppo.py --rewards exact format=0.2      # names of the table, each with its weight; 1 if none is given
+    python ppo.py --rewards exact format=0.2      # names of the table, with weights; 1 if none is given
 
 Adding one's own is a function and a line:
 
@@ -25,7 +25,7 @@ import sft
 import stdlib_chat
 from config import UserError
 
-MAX_CHARS = 20_000  # of a body that is compiled: compile() takes hundreds of bytes for each of them
+MAX_CHARS = 4_000  # of a body that is compiled: lambdas in each other take compile() quadratic time
 
 
 class Reply(NamedTuple):
@@ -49,8 +49,7 @@ def compiles(question: dict, reply: Reply) -> float:
 
 
 def used_arguments(question: dict, reply: Reply) -> float | None:
-    """stdlib_chat.used_arguments; None too for comments alone, for too long a body, and where none is asked for.
-    """
+    """stdlib_chat.used_arguments; None too of comments alone, of too long a body, or of none asked for."""
     if not stdlib_chat.asks_for_body(question) or not is_body(reply.text):
         return None
     return stdlib_chat.used_arguments(question["code"], reply.text)
@@ -63,12 +62,12 @@ def is_body(text: str) -> bool:
 
 
 def f1(question: dict, reply: Reply) -> float:
-    """The F1 of words with the author's answer (sft.f1), 0 to 1. Not seen: their order, and whether it ends."""
+    """The F1 of words with the author's answer (sft.f1), 0 to 1. Not seen: their order, and the end."""
     return sft.f1(reply.text, author(question))
 
 
 def quality(question: dict, reply: Reply) -> float:
-    """rejection.quality, 0 to 1: of a body that it compiles, ends and uses its arguments; of all else the F1."""
+    """rejection.quality, 0 to 1: of a body, that it compiles, ends, uses its arguments; else the F1."""
     if stdlib_chat.asks_for_body(question) and not is_body(reply.text):
         return reply.ended / 3  # it ends, and that is all
     return rejection.quality(question, reply.text, reply.ended)
@@ -116,7 +115,7 @@ def form(question: dict, reply: Reply) -> float:
         return 0.0
     for part in parts:
         content = inside(text, part)
-        if not text.startswith(f"<{part}>") or not content or not content.strip() or "<" + part in content:
+        if not text.startswith(f"<{part}>") or not content or not content.strip():
             return 0.0
         text = text.partition(f"</{part}>")[2].strip()
     return float(not text)
@@ -132,7 +131,7 @@ def tags(text: str, name: str) -> int:
 
 
 def inside(text: str, name: str) -> str | None:
-    """What stands in the one part <name>…</name> of a text; None where there is none, or more than one tag."""
+    """What stands in the one part <name>…</name> of a text; None if there is none, or a tag too many."""
     before, opens, rest = text.partition(f"<{name}>")
     content, closes, _ = rest.partition(f"</{name}>")
     return content if opens and closes and tags(text, name) == 2 else None
@@ -146,7 +145,7 @@ class Reward(NamedTuple):
 
 REWARDS = {
     "exact": Reward(exact, 0.0, "1 for the true answer"),
-    "format": Reward(form, 0.0, "1 for <think>…</think><answer>…</answer>, or <answer>…</answer> as the author"),
+    "format": Reward(form, 0.0, "1 for <think>…</think><answer>…</answer>, or the latter alone"),
     "compiles": Reward(compiles, 0.0, "1 for a body that compiles"),
     "f1": Reward(f1, 0.0, "F1 of words with the author's answer"),
     "quality": Reward(quality, 0.0, "a body compiles, ends, uses its arguments; else F1 if it ends"),

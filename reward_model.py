@@ -96,8 +96,8 @@ class RewardModel(nn.Module):
 def pad_id(tokenizer: Tokenizer | None) -> int | None:
     """A special token that ends no reply, to fill up rows with; None where there is none.
 
-    transformers reads the last token that is not this one: were it the end token, a reply would be read one
-    token too early, and every shorter row of a batch in the middle of nothing if it were none.
+    transformers reads the last token that is not this one: were it the end token of replies, each of them would
+    be read one token too early.
     """
     if tokenizer is None:
         return None
@@ -113,9 +113,10 @@ def read_at_end(scores: Tensor, real: Tensor) -> Tensor:
 
     real: (B, T) bool, False on padding at either side; or (B,) the lengths of rows padded on the right.
     """
-    last = real - 1
     if real.dtype == torch.bool:
         last = torch.where(real, torch.arange(real.size(1), device=real.device), -1).amax(dim=1)
+    else:
+        last = real - 1
     return scores.gather(1, last[:, None]).squeeze(1)
 
 

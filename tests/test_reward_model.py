@@ -390,3 +390,231 @@ def test_a_folder_that_is_no_reward_model_of_ours_is_refused_by_name(tmp_path, c
     with pytest.raises(UserError) as error:
         load_reward_model(tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def settings_for(out, **changes):
+    return reward_model.Settings(**{"out": str(out), "seq_len": 64, "batch_size": 4, "steps": 6,
+                                    "compile": False, "precision": "fp32", "warmup_steps": 2, **changes})
+
+
+def loss_with(centre=0.0):
+    return functools.partial(ranking_loss, centre=centre)
+
+
+def test_pairs_are_learnt_by_heart_from_ln_2_on(tmp_path):
+    model, batches = model_for(), Answers(encoded(4), [0.0] * 4, 4, 64)
+    with torch.no_grad():
+        model.score.weight.zero_()
+    settings = settings_for(tmp_path / "run", steps=12, lr=0.02, adam_lr=3e-3)
+    last = train.train(model, batches, loss_with(), settings, CPU, TOKENIZER)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()]
+    assert log[0]["loss_nats_per_pair"] == pytest.approx(math.log(2), rel=1e-5)
+    assert last["accuracy"] == 1.0 and last["loss_nats_per_pair"] < 0.3 and last["targets"] == 4
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    logs = []
+    for size in (4, 1):
+        settings = settings_for(tmp_path / str(size), micro_batch_size=size, steps=3)
+        batches = Answers(encoded(10), range(10), size, 64)
+        logs.append(train.train(model_for(), batches, loss_with(0.01), settings, CPU, TOKENIZER))
+    for name in ("loss_nats_per_pair", "grad_norm", "margin", "chosen_reward"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4, abs=1e-6), name
+
+
+def test_centring_keeps_rewards_around_zero(tmp_path):
+    sums = {}
+    for centre in (0.0, 1.0):
+        settings = settings_for(tmp_path / str(centre), steps=8, lr=0.01)
+        last = train.train(model_for(), Answers(encoded(8), [0.0] * 8, 4, 64), loss_with(centre), settings, CPU,
+                           TOKENIZER)
+        sums[centre] = abs(last["chosen_reward"] + last["rejected_reward"])
+    assert sums[1.0] < sums[0.0] / 2, sums
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a model that knows conversations, and one with pairs."""
+    folder = tmp_path_factory.mktemp("reward")
+    save_model(transformer_for(), TOKENIZER, folder / "sft")
+    (folder / "pairs").mkdir()
+    for split, number, seed in (("train", 40, 0), ("val", 12, 1)):
+        lines = [json.dumps(pair | {"scores": [1.0, i / 100], "margin": i / 50})
+                 for i, pair in enumerate(some_pairs(number, seed))]
+        (folder / "pairs" / f"{split}.jsonl").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+def arguments(place, out, **changes):
+    words = {"init_from": place / "sft", "data": place / "pairs", "out": out, "seq_len": 64, "batch_size": 4,
+             "steps": 4, "device": "cpu", "precision": "fp32", "compile": "false", "warmup_steps": 1,
+             "save_every": 2, **changes}
+    return [word for name, value in words.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda words: in_process(monkeypatch, capsys, reward_model.main, *words)
+
+
+def test_a_run_leaves_a_reward_model_figures_and_a_picture(place, tmp_path, command):
+    code, out, err = command(arguments(place, tmp_path / "run", steps=8, lr=0.01))
+    assert code == 0, err
+    for words in ("train: 40 pairs", "held out: 12 pairs", "by task: one ", "expected calibration error", "####"):
+        assert words in out, out
+    results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()]
+    assert results["accuracy"] == pytest.approx(log[-1]["val_accuracy"])
+    assert results["loss_nats_per_pair"] == pytest.approx(log[-1]["val_loss_nats_per_pair"], rel=1e-4)
+    assert (tmp_path / "run" / "rewards.svg").read_text("utf-8").startswith("<svg")
+    model, tokenizer = load_reward_model(tmp_path / "run")
+    held_out = scores_of(model, sides_of(encoded(12, seed=1)))
+    scaled = (held_out - model.mean) / model.std  # the very answers that mean and std are of
+    assert scaled.mean().item() == pytest.approx(0, abs=1e-5)
+    assert scaled.std(correction=0).item() == pytest.approx(1, rel=1e-5)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+    [state, *_] = (tmp_path / "run" / "state").glob("step_*8")
+    shutil.copy(state / "model.safetensors", state / "weights.tmp")  # a state is a folder of the same kind
+    assert torch.equal(load_reward_model(state)[0].score.weight, model.score.weight)
+
+
+@pytest.mark.parametrize("key", ["scores", "margin"])
+def test_margins_are_read_from_the_pairs(place, tmp_path, command, key):
+    logs = []
+    for name, more in {"plain": {}, "margins": {"margin_from": key, "margin": 2}}.items():
+        assert command(arguments(place, tmp_path / name, steps=1, batch_size=40, **more))[0] == 0
+        logs.append(json.loads((tmp_path / name / "log.jsonl").read_text("utf-8")))
+    margins = [2 * (1 - i / 100) if key == "scores" else 2 * i / 50 for i in range(40)]
+    base = RewardModel.of(load_model(place / "sft")[0], seeded(0))
+    rewards = scores_of(base, sides_of(encoded(40))).view(-1, 2)
+    for log, by_hand in zip(logs, (0.0, torch.tensor(margins))):
+        expected = -F.logsigmoid(rewards[:, 0] - rewards[:, 1] - by_hand).mean()
+        assert log["loss_nats_per_pair"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft about the head that it finds
+def test_adapters_and_head_are_learnt_on_a_frozen_base_and_merged_and_peft_opens_them(place, tmp_path, command):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+    code, out, err = command(arguments(place, tmp_path / "run", lora_rank=2, lora_alpha=4, lora_lr=0.05))
+    assert code == 0 and "and the head" in out, err
+    whole, _ = load_reward_model(tmp_path / "run")
+    base, _ = load_model(place / "sft")
+    assert torch.equal(whole.model.embed_tokens.weight, base.model.embed_tokens.weight), "frozen"
+    assert not torch.equal(whole.score.weight, RewardModel.of(base, seeded(0)).score.weight)
+    q = "layers.0.self_attn.q_proj"
+    assert not torch.equal(whole.model.get_submodule(q).weight, base.model.get_submodule(q).weight)
+    theirs = AutoModelForSequenceClassification.from_pretrained(place / "sft", num_labels=1)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "run" / "adapter").eval()
+    for text in sides_of(encoded(2)):
+        with torch.no_grad():
+            score = theirs(torch.tensor([text])).logits[0]
+        torch.testing.assert_close(scores_of(whole, [text]), score, **CLOSE)
+
+
+@pytest.mark.parametrize("more", [{}, dict(lora_rank=2, lora_alpha=4)], ids=str)
+def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path, command, monkeypatch, more):
+    assert command(arguments(place, tmp_path / "whole", steps=6, **more))[0] == 0
+    at = Answers.at
+
+    def stops(batches, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return at(batches, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "at", stops)
+        assert command(arguments(place, tmp_path / "cut", steps=6, **more))[0] == 130
+    assert command(arguments(place, tmp_path / "cut", steps=6, **more))[0] == 0
+    for name in ("model.safetensors", "results.json", "config.json"):
+        whole, cut = ((tmp_path / run / name).read_bytes() for run in ("whole", "cut"))
+        assert whole == cut, name
+
+
+@pytest.mark.parametrize("changes", [dict(margin=1), dict(centre=0.1), dict(steps=5)], ids=str)
+def test_a_run_goes_on_only_with_what_it_began_with(place, tmp_path, command, changes):
+    assert command(arguments(place, tmp_path / "run"))[0] == 0
+    code, _, err = command(arguments(place, tmp_path / "run", **changes))
+    assert code == 2 and "--overwrite" in err, err
+
+
+@pytest.fixture(scope="module")
+def alone(place, tmp_path_factory):
+    """What one process learns, asked for once."""
+    @functools.cache
+    def log(**settings):
+        out = tmp_path_factory.mktemp("alone") / "run"
+        return run_stage("reward_model.py", arguments(place, out, **settings)), load_reward_model(out)[0]
+    return log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"},
+                                    {"data_parallel": "fsdp", "lora_rank": 2, "lora_alpha": 4}], ids=str)
+def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
+    (one, model) = alone(**{name: value for name, value in layout.items() if name.startswith("lora")})
+    two = run_stage("reward_model.py", arguments(place, tmp_path / "two", **layout), processes=2)
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss_nats_per_pair", "grad_norm", "margin", "chosen_reward"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), "float32 sums in another order"
+    other, _ = load_reward_model(tmp_path / "two")
+    assert (model.mean, model.std) == pytest.approx((other.mean, other.std), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
+def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
+    common = dict(steps=12, save_every=2, data_parallel="fsdp")
+    run_stage("reward_model.py", arguments(place, tmp_path / "whole", **common), processes=2)
+    words = arguments(place, tmp_path / "killed", **common)
+    kill_in_the_middle("reward_model.py", words, tmp_path / "output")
+    assert [line["step"] for line in run_stage("reward_model.py", words, processes=2)] == list(range(1, 13))
+    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed, "what was learnt before the kill, or the pairs after it, were others"
+
+
+# ---- when something is wrong -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(margin=-1), "--margin -1.0 is out of range"),
+    (dict(centre="nan"), "is not a finite number"),
+    (dict(margin_from="scores"), "--margin_from scores is weighted by --margin, which is 0; pass --margin 1"),
+    (dict(margin_from="scores", margin=1, data="{tmp}/good.jsonl", val_share=0.3),
+     'good.jsonl:1: "scores" is None, and --margin_from scores needs two numbers'),
+    (dict(tensor_parallel=2), "--tensor_parallel 2 does not know a reward model's head"),
+    (dict(lora_rank=2, quantize="nf4"), "--quantize nf4 is not for reward models"),
+    (dict(lora_alpha=4), "--lora_alpha 4.0 is for adapters"),
+    (dict(seq_len=200), "seq_len 200 exceeds max_seq_len 96"),
+    (dict(seq_len=16), "train.jsonl:1: its prompt has 26 tokens, and the window --seq_len 15"),
+    (dict(init_from="{tmp}/none"), "there is no model folder"),
+    (dict(init_from="{tmp}/reward"), "is a reward model: it scores texts and writes none"),
+    (dict(init_from="{tmp}/plain"), "does not know <|im_start|> <|im_end|> of the template chatml; first: p"),
+    (dict(init_from="{tmp}/bare"), "has no tokenizer.json"),
+    (dict(data="{tmp}/none.jsonl"), "there is no "),
+    (dict(data="{tmp}"), "train.jsonl; --data is a file of preferences, or a folder"),
+    (dict(data="{tmp}/key.jsonl"), "key.jsonl:2: prompt, chosen: that is no preference; expected are"),
+    (dict(micro_batch_size=3), "does not divide"),
+])
+def test_mistakes_end_in_one_line_and_code_2_before_a_run_is_begun(place, tmp_path, command, changes, words):
+    good = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
+    (tmp_path / "good.jsonl").write_text("\n".join([good] * 9), "utf-8")
+    (tmp_path / "key.jsonl").write_text("\n".join([good, '{"prompt": "q", "chosen": "a"}']), "utf-8")
+    save_reward_model(model_for(), TOKENIZER, tmp_path / "reward")
+    save_model(transformer_for(), None, tmp_path / "bare")
+    plain = Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"])
+    save_model(transformer_for(vocab_size=259), plain, tmp_path / "plain")
+    changes = {name: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
+               for name, value in changes.items()}
+    code, _, err = command(arguments(place, tmp_path / "run", **changes))
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and words in last, err[-2000:]
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_the_default_model_that_is_missing_is_named_with_its_command(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command([])
+    assert code == 2 and "there is no runs/sft, the model to begin with; make it with: python sft.py" in err

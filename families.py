@@ -76,17 +76,17 @@ def architecture_in(content: dict, task: str = "ForCausalLM") -> str:
         case _:
             raise UserError("it names no architecture, and no model_type either")
     name = {model_type: known for known, model_type in MODEL_TYPES.items()}.get(name, name)
-    family, ending = name.removesuffix(SCORES), SCORES if name.endswith(SCORES) else "ForCausalLM"
-    name = family + "ForCausalLM" if ending == SCORES else name
-    if name in DEFAULTS and content.get("architectures") and ending != task:
-        raise UserError(f"{family}{ending} is a reward model: it scores texts and writes none; only "
-                        f"reward_model.py and ppo.py open it" if ending == SCORES else
-                        f"{name} is a language model, no reward model; make one of it with: python ppo.py "
-                        f"--train_reward_model")
-    if name not in DEFAULTS:
+    scores = name.endswith(SCORES)
+    writer = name.removesuffix(SCORES) + "ForCausalLM" if scores else name
+    if writer not in DEFAULTS:
         *most, last = DEFAULTS
         raise UserError(f"architecture {name!r:.60} is not supported; {', '.join(most)} and {last} are")
-    return name
+    if content.get("architectures") and scores != (task == SCORES):  # a model_type alone does not tell
+        raise UserError(f"{name} is a reward model: it scores texts and writes none; only reward_model.py and "
+                        f"ppo.py open it" if scores else
+                        f"{name} is a language model, no reward model; make one of it with: python ppo.py "
+                        f"--train_reward_model")
+    return writer
 
 
 def check_value(key: str, value):

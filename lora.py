@@ -222,7 +222,7 @@ def targeted(model: nn.Module, targets: str | Sequence[str], rank: int) -> dict[
     chosen = {}
     for name in names:
         found = {path: module for path, module in layers.items() if path == name or path.endswith(f".{name}")
-                 or name == "all" and path.rpartition(".")[2] != "lm_head"}
+                 or name == "all" and path not in ("lm_head", "score")}  # (of a reward model: reward_model.py)
         if not found:
             known = sorted({path.rpartition(".")[2] for path in layers})
             raise UserError(f"--lora_targets {name} matches no linear layer of this model; there are all, "
@@ -392,8 +392,9 @@ KNOWN = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslor
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name in a file: parameter} of all that is trained: peft's name, or for what is no adapter its own."""
-    return {peft_name(name) or name: p for name, p in model.named_parameters() if p.requires_grad}
+    """{peft's name in a file: parameter} of all that is trained, be it an adapter or a layer of the model."""
+    return {peft_name(name) or f"base_model.model.{name}": p for name, p in model.named_parameters()
+            if p.requires_grad}
 
 
 def peft_name(name: str) -> str | None:
@@ -431,7 +432,7 @@ def write_adapter_settings(model: nn.Module, tokenizer: Tokenizer | None, folder
                            name: str | None = None):
     """All of an adapter's folder but the weights; base.json, which peft does not read: what it stands on."""
     base = base_of(model)
-    if isinstance(model, Transformer):
+    if hasattr(model, "task"):  # a model of ours, not some module
         checkpoint.write_settings(model, tokenizer, folder)
     if base:
         checkpoint.write_json(folder / "base.json", base)

@@ -37,10 +37,11 @@ from attention import KVCache, Mask
 from batches import IGNORE, SPLITS
 from bpe import END_OF_TEXT, Tokenizer
 from chat import TEMPLATES
-from checkpoint import load_model, read_json, save_model, write_settings
+from checkpoint import load_model, read_json, read_tensors, save_model, write_settings
 from config import UserError, open_whole, parse, require, run, show
 from families import SCORES
-from lora import adapters_of, open_model
+from lora import (WEIGHTS, Adapter, adapters_of, add_adapter, base_of, merge_lora, open_model, remove_lora,
+                  trained_tensors)
 from model import Decoder, ModelConfig, Transformer
 from parallel import Env
 from plot import line_chart
@@ -96,8 +97,8 @@ class RewardModel(nn.Module):
 def pad_id(tokenizer: Tokenizer | None) -> int | None:
     """A special token that ends no reply, to fill up rows with; None where there is none.
 
-    transformers reads the last token that is not this one: were it the end token, a reply would be read one
-    token too early, and every shorter row of a batch in the middle of nothing if it were none.
+    transformers reads the last token that is not this one: were it the end token of replies, each of them would
+    be read one token too early.
     """
     if tokenizer is None:
         return None
@@ -113,9 +114,10 @@ def read_at_end(scores: Tensor, real: Tensor) -> Tensor:
 
     real: (B, T) bool, False on padding at either side; or (B,) the lengths of rows padded on the right.
     """
-    last = real - 1
     if real.dtype == torch.bool:
         last = torch.where(real, torch.arange(real.size(1), device=real.device), -1).amax(dim=1)
+    else:
+        last = real - 1
     return scores.gather(1, last[:, None]).squeeze(1)
 
 
@@ -313,7 +315,7 @@ def load_reward_model(folder, device="cpu",
 
 
 @dataclass
-class Settings(Loop):
+class Settings(Loop, Adapter):
     init_from: str = "runs/sft"  # model folder to begin with, which knows conversations: sft.py makes such
     data: str = "runs/pairs"  # preferences: a file, or a folder with train.jsonl and val.jsonl; the default
                               # folder is made if missing
@@ -334,12 +336,17 @@ class Settings(Loop):
     batch_size: int = 32  # pairs a step
     lr: float = 2e-3  # peak learning rate of the matrices in blocks; small, the weights are already good
     adam_lr: float = 4e-4  # of embedding, head and norms
+    lora_lr: float = 3e-3  # adapters' peak learning rate, in place of --lr
 
     free = {"val_share", "on_bad_line"}  # as train.FREE
 
     def __post_init__(self):
         require(self, epochs=(0.001, 1000), margin=(0, 1e6), centre=(0, 1e6), val_share=(0.001, 0.5))
         self.check_loop()
+        self.check_adapter()
+        if self.quantize or not self.lora_merge:
+            raise UserError(f"{'--quantize ' + self.quantize if self.quantize else '--no-lora_merge'} is not for "
+                            f"reward models, whose adapters are merged into a plain base; leave it out")
         if self.margin_from != "constant" and not self.margin:
             raise UserError(f"--margin_from {self.margin_from} is weighted by --margin, which is 0; pass "
                             f"--margin 1")
@@ -358,6 +365,7 @@ def train_reward_model(settings: Settings, env: Env) -> None:
     dpo.require_model(settings)
     if settings.data == Settings.data and not Path(settings.data, "made.json").exists():
         dpo.make_only(dpo.Settings(init_from=settings.init_from, template=settings.template), env)
+    dpo.require_weights(settings)
     base, tokenizer = open_model(settings.init_from)
     dpo.check_tokenizer(settings, tokenizer)
     if settings.seq_len > base.config.max_seq_len:
@@ -367,7 +375,8 @@ def train_reward_model(settings: Settings, env: Env) -> None:
     pairs = dpo.read_splits(settings, tokenizer, env, settings.seq_len - 1)
     splits = pack(settings, pairs, env)
     settings.steps = settings.steps or math.ceil(splits["train"].windows * settings.epochs / settings.batch_size)
-    model = RewardModel.of(base, torch.Generator().manual_seed(settings.seed))
+    model, line = begin(base, settings)
+    env.say(line)
     with ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
         env.first(lambda: stack.enter_context(open_run_folder(settings)))
@@ -375,8 +384,32 @@ def train_reward_model(settings: Settings, env: Env) -> None:
             show(settings)
         loss_fn = functools.partial(ranking_loss, centre=settings.centre)
         train(model, splits["train"], loss_fn, settings, env, tokenizer, splits["val"],
-              dpo.identity(settings, splits))
+              dpo.identity(settings, splits) | {"base": base_of(model).get("sha256")})
+        if settings.lora_rank:
+            env.first(lambda: merge(settings, base, tokenizer), patient=True)
         env.first(lambda: report(settings, pairs["val"], env), patient=True)
+
+
+def begin(base: Transformer, settings: Settings) -> tuple[RewardModel, str]:
+    """(the model before its first step, a line that says what of it is trained)."""
+    model = RewardModel.of(base, torch.Generator().manual_seed(settings.seed))
+    if not settings.lora_rank:
+        return model, f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters"
+    line = add_adapter(model, settings)
+    base_of(model)["merge"] = False  # not as a language model's
+    adapters_of(model)["default"] |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}  # peft's words
+    model.score.requires_grad_()
+    return model, f"{line}; and the head"
+
+
+def merge(settings: Settings, base: Transformer, tokenizer: Tokenizer):
+    """Write the whole model into the run's folder: the base with what the run has learnt beside it."""
+    model, _ = begin(base.cpu(), settings)
+    tensors = read_tensors(Path(settings.out, "adapter", WEIGHTS))
+    with torch.no_grad():
+        for name, p in trained_tensors(model).items():
+            p.copy_(tensors[name])
+    save_reward_model(remove_lora(merge_lora(model)), tokenizer, settings.out)
 
 
 def pack(settings: Settings, pairs: dict[str, list[tuple[dict, Pair]]], env: Env) -> dict[str, Answers]:

@@ -669,7 +669,7 @@ def held_out(policy: Transformer, cast: Cast, prompts: Prompts, numbers: Sequenc
     """Means over one reply, drawn at the same temperature, to each of these held-out prompts."""
     share = len(numbers) // env.data_world_size
     mine = list(numbers)[env.data_rank * share:(env.data_rank + 1) * share]
-    alone = replace(settings, samples=1, baseline="batch", algorithm="reinforce", unended_reward=None)
+    alone = SimpleNamespace(**vars(settings) | {"samples": 1, "baseline": "batch", "unended_reward": None})
     generator = torch.Generator(env.device).manual_seed((settings.seed * 1_009 + env.data_rank) % 2 ** 63)
     rollout = draw(cast, [prompts.ids[i] for i in mine], alone, env, generator)
     questions = [prompts.questions[i] for i in mine]

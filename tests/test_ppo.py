@@ -496,3 +496,207 @@ def test_a_known_optimum_is_reached(place, tmp_path, command, monkeypatch, algor
     assert code == 0, err
     lines = log_of(tmp_path / "run")
     assert lines[0]["reward"] < 0.5 and lines[-1]["reward"] > 0.9, [round(l["reward"], 2) for l in lines]
+
+
+def test_what_a_run_writes_can_be_looked_at(place, tmp_path, command):
+    code, out, err = command(arguments(place, tmp_path / "run", rewards="model|letters=0", eval_every=2,
+                                       samples_every=2))
+    assert code == 0, err
+    lines = log_of(tmp_path / "run")
+    for name in ("reward_model", "reward_letters", "reward_std", "kl_k3_nats_per_reply", "entropy_nats_per_token",
+                 "clip_share", "ratio", "value_loss", "explained_variance", "length", "ended", "roll_out_seconds",
+                 "updates", "update_kl_nats_per_token", "tokens_per_second", "distinct"):
+        assert all(math.isfinite(line[name]) for line in lines), name
+    assert [len(line.get("samples", ())) for line in lines] == [5, 0, 5, 0]
+    assert ["val_reward" in line for line in lines] == [False, True, False, True]
+    results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
+    assert len(results["sampled: letters"]["each question"][0]) == 4
+    for name in ("rewards.svg", "kl.svg"):
+        assert (tmp_path / "run" / name).read_text("utf-8").startswith("<svg")
+    assert "followed" not in out and "model" in out
+
+
+def test_the_score_is_the_reward_models_with_mean_0_and_variance_1(place):
+    judge, _ = ppo.load_reward_model(place / "reward")
+    judge.mean, judge.std = 0.5, 2.0
+    prompts, replies = prompts_of("the", "a"), [[5, 6, END], [7]]
+    found = ppo.normalised_scores(judge, prompts, replies, CPU)
+    with torch.no_grad():
+        expected = [(judge(torch.tensor([p + r]))[0, -1].item() - 0.5) / 2 for p, r in zip(prompts, replies)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5), "is it read at the last real token?"
+
+
+def test_a_reply_that_is_cut_off_gets_the_reward_of_those_and_no_other(place, tmp_path, command):
+    assert command(arguments(place, tmp_path / "run", unended_reward=-1, steps=1, questions=0))[0] == 0
+    [line] = log_of(tmp_path / "run")
+    ended = line["ended"]
+    assert ended < 1 and line["reward"] <= ended - (1 - ended), "those that ended are worth at most 1"
+
+
+def test_once_the_policy_has_moved_too_far_a_step_is_over(place, tmp_path, command):
+    words = arguments(place, tmp_path / "run", steps=2, update_epochs=3, stop_kl=1e-9, questions=0)
+    assert command(words)[0] == 0
+    # the first minibatch is the policy itself; the second is seen from where the first has led
+    assert [line["updates"] for line in log_of(tmp_path / "run")] == [2, 2]
+
+
+def test_prompts_are_all_asked_before_one_is_asked_again(place):
+    settings = ppo.Settings(prompts_data=str(place / "chat"), batch_size=12, minibatch_size=12, samples=2,
+                            algorithm="grpo", max_new_tokens=4, seq_len=96)
+    model, tokenizer = load_model(place / "sft")
+    prompts = ppo.Prompts(settings, "train", model, tokenizer, CPU)
+    seen = [i for step in range(10) for i in prompts.at(step)]
+    for epoch in (seen[:30], seen[30:]):
+        assert sorted(epoch) == list(range(30))
+    assert seen[:30] != seen[30:]
+    halves = [ppo.Prompts(settings, "train", model, tokenizer,
+                          replace(CPU, rank=rank, world_size=2)).at(3) for rank in (0, 1)]
+    assert halves[0] + halves[1] == prompts.at(3)
+
+
+# ---- when something is wrong -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strangers(place):
+    """Models with another tokenizer."""
+    other = with_chat_tokens(Tokenizer([(b"a", b"b")], ["<|endoftext|>"]))
+    model = model_for(vocab_size=other.vocab_size)
+    save_model(model, other, place / "other")
+    save_reward_model(RewardModel.of(model), other, place / "other_reward")
+    return place
+
+
+MISTAKES = [
+    (dict(init_from="{place}/none"), "there is no model folder"),
+    (dict(rewards="model", reward_model="{place}/none"), "none"),
+    (dict(rewards="model", reward_model="{place}/other_reward"), "another tokenizer"),
+    (dict(rewards="model", reward_model="{place}/sft"), "sft"),
+    (dict(critic_from="{place}/other"), "another tokenizer"),
+    (dict(rewards="letter"), "letter"),
+    (dict(rewards="letters=much"), "letters=much"),
+    (dict(algorithm="grpo", samples=1), "no group"),
+    (dict(algorithm="grpo", samples=3), "does not divide"),
+    (dict(minibatch_size=5), "does not divide"),
+    (dict(minibatch_size=8, micro_batch_size=3), "does not divide"),
+    (dict(max_new_tokens=90), "no prompt of"),
+    (dict(prompts_data="{place}/nowhere"), "there is no "),
+    (dict(algorithm="grpo", lam=0.9), "--lam 0.9 is for a critic"),
+    (dict(algorithm="grpo", critic="shared"), "--critic shared is for a critic"),
+    (dict(critic="shared", critic_lr=0.1), "--critic_lr 0.1 is for --critic own"),
+    (dict(critic="shared", lora_rank=2, lr=None), "--critic own"),
+    (dict(lora_rank=2, lora_dropout=0.1, lr=None), "--lora_dropout"),
+    (dict(spike=3), "--spike"),
+    (dict(ramp_tokens=10, batch_start=8), "--batch_start"),
+    (dict(kl_target=1, kl_coef=0), "--kl_target"),
+    (dict(temperature=0), "temperature"),
+    (dict(gamma=1.5), "gamma"),
+    (dict(clip_policy=1), "clip_policy"),
+    (dict(out="{place}/chat"), "chat"),
+]
+
+
+@pytest.mark.parametrize("changes, message", MISTAKES, ids=str)
+def test_mistakes_end_in_one_line(strangers, tmp_path, command, changes, message):
+    filled = {name: value.format(place=strangers) if isinstance(value, str) else value
+              for name, value in changes.items()}
+    code, _, err = command(arguments(strangers, filled.pop("out", tmp_path / "run"), **filled))
+    assert code == 2 and message in err, err
+    assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_rewards_that_are_no_numbers_count_as_the_least_are_shown_and_end_the_run_when_too_many(
+        place, tmp_path, command, monkeypatch):
+    def broken(question, reply):
+        return 1 / 0 if "e" in reply.text else math.nan
+    monkeypatch.setitem(rewards.REWARDS, "broken", Reward(broken, -3.0, ""))
+    code, out, err = command(arguments(place, tmp_path / "run", rewards="broken", steps=1, questions=0))
+    assert code == 0, err
+    assert log_of(tmp_path / "run")[0]["reward"] == -3.0 and "nan" in out
+    code, out, err = command(arguments(place, tmp_path / "more", rewards="broken", steps=3, questions=0))
+    assert code == 2 and "broken" in err
+
+
+@pytest.mark.parametrize("what", ["reward", "loss"])
+def test_a_figure_that_is_not_finite_rolls_the_run_back(place, tmp_path, command, monkeypatch, what):
+    calls = []
+    if what == "reward":
+        original = ppo.rewarded
+
+        def spoiled(*args):
+            scores, parts = original(*args)
+            calls.append(1)
+            return (scores * math.inf if len(calls) == 3 else scores), parts
+        monkeypatch.setattr(ppo, "rewarded", spoiled)
+    else:
+        original = ppo.policy_terms
+
+        def spoiled(*args):
+            calls.append(1)
+            return original(*args) * (math.nan if len(calls) == 5 else 1)
+        monkeypatch.setattr(ppo, "policy_terms", spoiled)
+    code, out, err = command(arguments(place, tmp_path / "run", algorithm="rloo", questions=0, update_epochs=1))
+    assert code == 0, err
+    assert "Back to step 2" in out
+    lines = log_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["rollbacks"] == 1
+
+
+def test_a_collapse_is_said(place, tmp_path, command, monkeypatch):
+    model, tokenizer = load_model(place / "sft")
+    with torch.no_grad():
+        model.lm_head.weight[7] += 50 * model.model.norm.weight  # all but certain, whatever stands before
+        model.model.layers[-1].mlp.down_proj.weight.zero_()
+    save_model(model, tokenizer, tmp_path / "sure")
+    words = arguments(place, tmp_path / "run", init_from=tmp_path / "sure", steps=1, questions=0)
+    monkeypatch.setattr(ppo, "outcome", lambda *args, original=ppo.outcome: original(*args) | {
+        "entropy_nats_per_token": 0.001})
+    code, out, err = command(words)
+    assert code == 0 and "the policy has collapsed: the entropy is 0.0010 nats a token" in out, err
+    assert "collapsed" in log_of(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("changes", [dict(kl_coef=0.2), dict(algorithm="rloo"), dict(lam=0.5)], ids=str)
+def test_a_run_goes_on_only_with_what_it_began_with(place, tmp_path, command, changes):
+    assert command(arguments(place, tmp_path / "run", questions=0, steps=2))[0] == 0
+    code, _, err = command(arguments(place, tmp_path / "run", questions=0, steps=2, **changes))
+    assert code == 2 and "--overwrite" in err, err
+
+
+# ---- several processes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"},
+                                    {"data_parallel": "fsdp", "lora_rank": 2, "lora_alpha": 4, "lr": None,
+                                     "lora_lr": 0.01}], ids=str)
+def test_two_processes_learn_from_their_own_replies_and_stay_one_policy(place, tmp_path, layout):
+    words = dict(rewards="model", steps=3, eval_every=1)
+    two = run_stage("ppo.py", arguments(place, tmp_path / "two", **words, **layout), processes=2)
+    assert all(line["first_ratio"] == pytest.approx(1, abs=1e-6) for line in two)
+    assert two[0]["kl_nats_per_reply"] == pytest.approx(0, abs=1e-5)
+    assert two[-1]["val_kl_k3_nats_per_reply"] > 0 and two[-1]["replies"] == 16
+    load_model(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_the_weights_that_ddp_holds(place, tmp_path):
+    """The same seeds draw the same replies, so that all figures are equal but for sums in another order."""
+    logs = [run_stage("ppo.py", arguments(place, tmp_path / layout, data_parallel=layout, rewards="model",
+                                          steps=3), processes=2) for layout in ("ddp", "fsdp")]
+    for a, b in zip(*logs, strict=True):
+        for name in ("reward", "loss", "grad_norm", "value_loss", "kl_k3_nats_per_reply", "length"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
+def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
+    common = dict(steps=12, save_every=2, questions=0, data_parallel="fsdp", rewards="model")
+    run_stage("ppo.py", arguments(place, tmp_path / "whole", **common), processes=2)
+    words = arguments(place, tmp_path / "killed", **common)
+    kill_in_the_middle("ppo.py", words, tmp_path / "output")
+    assert [line["step"] for line in run_stage("ppo.py", words, processes=2)] == list(range(1, 13))
+    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed, "what was drawn or learnt after the kill was another"

@@ -6,6 +6,7 @@
     python bench.py bpe                   # tokenizers trained and texts encoded; some minutes
     python bench.py lora                  # adapters beside peft's; peaks of full, LoRA and QLoRA training
     python bench.py dpo                   # a step on preferences beside TRL's, its memory; three minutes
+    python bench.py rollouts              # replies drawn for reinforcement, beside transformers'; two minutes
     python bench.py dedup                 # near-duplicates beside datasketch, repeated passages; a minute
     python bench.py scale                 # near-duplicates among a million documents; some minutes
     python bench.py memory                # estimated and measured peaks of a training step; three minutes
@@ -55,8 +56,8 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: tuple[Literal["training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "dedup", "scale",
-                        "memory", "gpu", "held"], ...] = ("training", "loss", "sharding",
+    only: tuple[Literal["training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "rollouts", "dedup",
+                        "scale", "memory", "gpu", "held"], ...] = ("training", "loss", "sharding",
                                                           "decoding")  # what to measure
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
@@ -88,8 +89,8 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "dedup": dedup,
-                "scale": scale, "memory": memory, "gpu": gpu, "held": held_bytes}
+                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "rollouts": rollouts,
+                "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu, "held": held_bytes}
     figures = {}
     for name in settings.only:
         ALTERNATIONS.clear()
@@ -594,6 +595,28 @@ def guessing(rounds: int, model: Transformer, prompt: list[int] | None = None):
     text = "a Python function by runs/base" if prompt else "what random weights say, a loop"
     print(f"    with guesses, {text}: {new / len(passes):.2f} tokens a pass, "
           f"{seconds['plain'] / seconds['guessed']:.2f} x the speed without")
+
+
+def rollouts(rounds: int):
+    """Tokens a second of 32 replies at temperature 1: 8 to each of 4 prompts, and 1 to each of 32."""
+    small = replace(DECODER, vocab_size=4096, dim=128, n_layers=4, n_heads=2, ffn_dim=384,
+                    tie_embeddings=False)
+    for config in (small, DECODER):
+        ours, theirs = Transformer(config).eval(), peer_model(config, "sdpa").eval()
+        for parameter in ours.parameters():
+            torch.nn.init.normal_(parameter.data, mean=float(parameter.dim() == 1), std=0.05)
+        theirs.load_state_dict(ours.state_dict())
+        print(f"rollouts, {count_parameters(config):,} parameters, {torch.get_num_threads()} threads")
+        for prompts in (4, 32):
+            ids = torch.randint(config.vocab_size, (prompts, 64)).repeat_interleave(32 // prompts, dim=0)
+            given = dict(attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
+                         max_new_tokens=64, min_new_tokens=64)
+            seconds = alternate(max(3, rounds // 2), ours=lambda: generate(ours, ids, 64),
+                                transformers=lambda: theirs.generate(ids, **given))
+            print(f"    32 replies to {prompts} prompts of 64 tokens, 64 tokens each: "
+                  f"{32 * 64 / seconds['ours']:,.0f} tokens/s, transformers "
+                  f"{32 * 64 / seconds['transformers']:,.0f}: "
+                  f"{seconds['transformers'] / seconds['ours']:.2f} x")
 
 
 # ---- what a process holds under FSDP -----------------------------------------------------------------------

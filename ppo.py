@@ -46,8 +46,10 @@ from model import Transformer
 from optim import learning_rate, make_optimizer
 from parallel import Env, inside, parallelize
 from plot import line_chart
+from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficient, policy_loss,  # noqa: F401
+                             policy_terms, summed, value_loss, value_terms, whiten)
 from rejection import in_words, prompt_files
-from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401: public here
+from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Reply, Rewards
 from rollouts import Rollout, lay_out, read_replies, reply_values, roll_out
 from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
@@ -56,149 +58,7 @@ from watch import Log, peak_memory
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. What is learnt: pure functions. Grids (B, R) of B replies and R tokens; a mask says which are tokens
-
-
-def kl_estimate(logps: Tensor, reference_logps: Tensor, kind: str = "k1") -> Tensor:
-    """KL(policy | reference) in nats, estimated at each token drawn from the policy (Schulman 2020).
-
-    k1 = logp - ref: unbiased, but of either sign. k2 = k1^2 / 2: biased, low variance. k3 = exp(-k1) - 1 + k1:
-    unbiased and never negative. As a value added to a reward any of them will do; as a loss their gradients
-    differ: on average that of k1 is zero, that of k2 is KL(policy | reference)'s, and that of k3 is that of
-    KL(reference | policy) (so GRPO's penalty, which is k3, is not the divergence it is named after).
-    """
-    k1 = logps - reference_logps
-    if kind == "k1":
-        return k1
-    if kind == "k2":
-        return k1.square() / 2
-    if kind == "k3":
-        return torch.expm1(-k1) + k1
-    raise UserError(f"kl kind {kind!r} is none of k1, k2, k3")
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the tokens; what stands beside them, even nan, has no part in it. 0 where there is none."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True,
-           over_all: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """values with mean 0 and variance 1 over the tokens, and 0 elsewhere.
-
-    shift_mean=False leaves the mean where it is. The variance is the unbiased one, as TRL's. over_all: adds
-    up sums over processes, so that each whitens by the mean and deviation of all.
-    """
-    kept = torch.where(mask, values, 0.0)
-    number, total = over_all(torch.stack([mask.sum().to(values.dtype), kept.sum()]))
-    mean = total / number.clamp(min=1)
-    squares = over_all(torch.where(mask, values - mean, 0.0).square().sum())
-    scale = (squares / (number - 1).clamp(min=1) + 1e-8).rsqrt()
-    return torch.where(mask, (values - mean) * scale + (0.0 if shift_mean else mean), 0.0)
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
-        lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) of each token, (B, R), 0 outside the mask (Schulman et al. 2016, Eq. 11 to 16).
-
-    rewards (B, R): of each token; values (B, R): what the critic expected before it; mask (B, R): True from
-    the first to the last token of a reply, behind which nothing is worth anything.
-
-    delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}; returns = A + V. With lam = 1 and
-    gamma = 1, A_t is the sum of rewards from t on, less V_t; with lam = 0 it is delta_t.
-    """
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    advantages, later, next_value = torch.zeros_like(values), 0.0, 0.0
-    for t in reversed(range(values.size(1))):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        later = torch.where(mask[:, t], delta + gamma * lam * later, 0.0)
-        advantages[:, t], next_value = later, values[:, t]
-    return advantages, torch.where(mask, advantages + values, 0.0)
-
-
-def group_advantages(rewards: Tensor, group_size: int, kind: str = "mean", divide_by_std: bool = True) -> Tensor:
-    """How much better each reply is than others of its prompt: (B,), groups of group_size side by side.
-
-    kind "mean": less the group's mean, by its (unbiased) standard deviation + 1e-4 (GRPO; Shao et al. 2024,
-    section 4.1.2), or without that (Dr. GRPO; Liu et al. 2025: dividing weighs questions by how even their
-    answers are). kind "rloo": less the mean of the others (RLOO; Kool et al. 2019; Ahmadian et al. 2024, Eq.
-    6), which is G / (G - 1) times the former, and unbiased. A group of equal rewards teaches nothing: zeros.
-    """
-    if group_size < 2:
-        raise UserError(f"a group of {group_size} has nothing to be compared with; pass --samples 8")
-    assert len(rewards) % group_size == 0, (len(rewards), group_size)
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    if kind == "rloo":
-        centred = centred * group_size / (group_size - 1)
-    elif divide_by_std:
-        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)
-    return centred.reshape(-1)
-
-
-def policy_terms(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float = 0.2,
-                 clip_high: float | None = None) -> Tensor:
-    """The clipped surrogate of each token, as a loss, (B, R) (Schulman et al. 2017, Eq. 7).
-
-    -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A) with ratio = pi / pi_old: nothing is gained by going
-    further than the clip, but what went too far the wrong way is still pulled back. clip_high: default clip;
-    above it, unlikely tokens have more room to grow (DAPO; Yu et al. 2025, Eq. 10).
-    """
-    ratio = (logps - old_logps).exp()
-    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    return -torch.minimum(ratio * advantages, clipped * advantages)
-
-
-def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2,
-                clip_high: float | None = None) -> Tensor:
-    """The mean of policy_terms over the tokens: a scalar."""
-    return masked_mean(policy_terms(logps, old_logps, advantages, clip, clip_high), mask)
-
-
-def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = 0.2) -> Tensor:
-    """Half the squared error of each value, or of the value held within `clip` of the old one if that is worse.
-
-    As in OpenAI's baselines [P9]; clip None: the squared error alone.
-    """
-    errors = (values - returns).square()
-    if clip is not None:
-        held = old_values + (values - old_values).clamp(-clip, clip)
-        errors = torch.maximum(errors, (held - returns).square())
-    return errors / 2
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
-               clip: float | None = 0.2) -> Tensor:
-    """The mean of value_terms over the tokens: a scalar."""
-    return masked_mean(value_terms(values, old_values, returns, clip), mask)
-
-
-def summed(terms: Tensor, mask: Tensor, over: str, most: int) -> tuple[Tensor, Tensor]:
-    """(sum, count) of a loss's terms (B, R): what over how many is to be averaged.
-
-    over "token": all tokens alike, so that a long reply weighs more (DAPO). "sequence": each reply's mean, so
-    that in a long one a token weighs less (GRPO). "constant": replies' sums over `most`, the most tokens that
-    one may have: every token alike, whatever else was drawn (Dr. GRPO).
-    """
-    terms, rows = torch.where(mask, terms, 0.0), torch.tensor(len(mask))
-    if over == "token":
-        return terms.sum(), mask.sum()
-    if over == "sequence":
-        return (terms.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum(), rows
-    return terms.sum(), rows * most
-
-
-def next_coefficient(coefficient: float, kl: float, target: float, horizon: int, replies: int) -> float:
-    """The KL's coefficient after a step of so many replies, moved towards where the KL is `target` nats a reply.
-
-    By at most 20 % of replies / horizon a step, in proportion to the error (Ziegler et al. 2019, section 2.2).
-    """
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * replies / horizon)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 2. One algorithm, many names
+# 1. One algorithm, many names
 
 ALGORITHMS = {  # what a name stands for; a flag of the same name goes before
     "ppo": dict(baseline="critic", samples=1, update_epochs=4, kl_in="reward", kl_kind="k1", whiten=True),
@@ -207,8 +67,8 @@ ALGORITHMS = {  # what a name stands for; a flag of the same name goes before
     "dapo": dict(baseline="group", samples=8, clip_high=0.28, kl_coef=0.0),
     "rloo": dict(baseline="rloo", samples=4, kl_in="reward", kl_kind="k1"),
     "reinforce": dict(baseline="batch", samples=1, kl_in="reward", kl_kind="k1", whiten=True)}
-COMMON = dict(update_epochs=2, whiten=False, divide_by_std=True, loss_over="token", kl_in="loss", kl_kind="k3",
-              kl_coef=0.05, clip_high=None)
+COMMON = dict(update_epochs=2, whiten=False, divide_by_std=True, loss_over="token", kl_in="loss",
+              kl_kind="k3", kl_coef=0.05, clip_high=None)
 
 
 @dataclass
@@ -244,8 +104,8 @@ class Settings(Loop, Adapter):
     unended_reward: float | None = None  # of replies that do not end, in place of all other rewards
 
     critic: Literal["own", "shared"] = "own"  # the critic's trunk: its own, or the policy's
-    critic_from: str | None = None  # model folder its own trunk begins as; none: the reward model, if there is
-                                    # one of the policy's shape, else the policy
+    critic_from: str | None = None  # model folder its own trunk begins as; none: the reward model, if there
+                                    # is one of the policy's shape, else the policy
     critic_lr: float = 2e-3  # peak learning rate of its matrices in blocks
     critic_adam_lr: float = 1e-3  # of its embedding, head and norms
     value_coef: float = 0.1  # shared: weight of the value loss
@@ -284,9 +144,9 @@ class Settings(Loop, Adapter):
         require(self, samples=(1, None), update_epochs=(1, 1000), minibatch_size=(1, None), stop_kl=(0, None),
                 clip_policy=(1e-6, 0.999), clip_high=(1e-6, 1e6), kl_coef=(0, 1e6), kl_target=(1e-6, 1e6),
                 kl_horizon=(1, None), entropy_coef=(0, 1e3), clip_value=(0, None), value_coef=(0, 1e3),
-                gamma=(0, 1), lam=(0, 1), temperature=(1e-3, 100), max_new_tokens=(1, None), questions=(0, None),
-                prompts_at_once=(1, None), samples_every=(0, None), bad_rewards=(1, None),
-                critic_lr=(1e-12, 10), critic_adam_lr=(0, 10))
+                gamma=(0, 1), lam=(0, 1), temperature=(1e-3, 100), max_new_tokens=(1, None),
+                questions=(0, None), prompts_at_once=(1, None), samples_every=(0, None),
+                bad_rewards=(1, None), critic_lr=(1e-12, 10), critic_adam_lr=(0, 10))
         self.check_loop()
         self.check_adapter()
         self.check_sizes()
@@ -298,22 +158,21 @@ class Settings(Loop, Adapter):
             raise UserError(f"--samples {self.samples}: a reply alone has no group to be compared with; pass "
                             f"--samples 8, or --baseline critic")
         if self.batch_size % self.samples:
-            raise UserError(f"--samples {self.samples} does not divide --batch_size {self.batch_size}: a group "
-                            f"is not cut; choose a multiple")
+            raise UserError(f"--samples {self.samples} does not divide --batch_size {self.batch_size}: a "
+                            f"group is not cut; choose a multiple")
         if self.batch_size % self.minibatch_size:
             raise UserError(f"--minibatch_size {self.minibatch_size} does not divide --batch_size "
                             f"{self.batch_size}; choose a divisor")
 
     def check_useless(self):
         """Raise UserError where something is asked for that would do nothing."""
-        for name in ("batch_start", "ramp_tokens", "spike", "profile", "chunked_loss", "lora_dropout"):
-            default = self.batch_size if name == "batch_start" else type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise UserError(f"--{name} {getattr(self, name)} is nothing that reinforcement knows; leave it "
-                                f"out")
+        if self.batch_start != self.batch_size:
+            raise UserError(f"--batch_start {self.batch_start}: here no batch grows; leave it out")
+        self.refuse(("ramp_tokens", "spike", "profile", "chunked_loss", "lora_dropout"),
+                    "is nothing that reinforcement knows")
         if self.tensor_parallel > 1:
-            raise UserError(f"--tensor_parallel {self.tensor_parallel}: replies are drawn by whole models; pass "
-                            f"--data_parallel fsdp")
+            raise UserError(f"--tensor_parallel {self.tensor_parallel}: replies are drawn by whole models; "
+                            f"pass --data_parallel fsdp")
         if self.baseline != "critic":
             self.refuse(("critic", "critic_from", "critic_lr", "critic_adam_lr", "value_coef", "clip_value",
                          "gamma", "lam"), f"is for a critic, and --baseline {self.baseline} has none")
@@ -332,7 +191,7 @@ class Settings(Loop, Adapter):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Who takes part
+# 2. Who takes part
 
 
 @dataclass
@@ -364,9 +223,9 @@ class Prompts:
         self.questions = [one for one, fit in zip(conversations, fits) if fit]
         self.ids = [ids for ids, fit in zip(encoded, fits) if fit]
         if not self.ids:
-            raise UserError(f"no prompt of {path} leaves --max_new_tokens {settings.max_new_tokens} of {room} "
-                            f"tokens to a reply: the shortest has {min(map(len, encoded))}; pass fewer, or a "
-                            f"longer --seq_len (the model reads {model.config.max_seq_len})")
+            raise UserError(f"no prompt of {path} leaves --max_new_tokens {settings.max_new_tokens} of "
+                            f"{room} tokens to a reply: the shortest has {min(map(len, encoded))}; pass "
+                            f"fewer, or a longer --seq_len (the model reads {model.config.max_seq_len})")
         env.say(f"{split}: {len(self.ids):,} prompts" + f"; left out, as too long: {fits.count(False):,}"
                 * (not all(fits)))
         self.seed, self.number = settings.seed, settings.batch_size // settings.samples
@@ -383,7 +242,7 @@ class Prompts:
 
 
 def whole_copy(model: Transformer, env: Env) -> Transformer:
-    """What will draw replies: the model itself, or a copy that lies whole on this process, made before it is cut."""
+    """What will draw replies: the model, or, made before it is cut, a whole copy on this process."""
     if env.compute.data_parallel == "ddp":
         return model
     return copy.deepcopy(model).to(env.device).requires_grad_(False)
@@ -410,7 +269,7 @@ def normalised_scores(model: RewardModel, prompts: Sequence[list[int]], replies:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The step
+# 3. The step
 
 
 def reinforce(run: Run, cast: Cast, prompts: Prompts, settings: Settings, env: Env) -> dict:
@@ -439,8 +298,8 @@ def reinforce(run: Run, cast: Cast, prompts: Prompts, settings: Settings, env: E
     refuse_broken(line, env)
 
     # 4. Update: some passes over the replies.
-    line |= update_all(run, cast, minibatches, (old_logps, reference, advantages, old_values, returns), settings,
-                       env)
+    grids = old_logps, reference, advantages, old_values, returns
+    line |= update_all(run, cast, minibatches, grids, settings, env)
     line |= {"kl_coef": run.kl_coef, "roll_out_seconds": round(drawn, 4)}
     if settings.kl_target:  # [P10]
         run.kl_coef = next_coefficient(run.kl_coef, line["kl_nats_per_reply"], settings.kl_target,
@@ -461,9 +320,7 @@ def draw(cast: Cast, prompts: list[list[int]], settings: Settings, env: Env, gen
 
 def rewarded(cast: Cast, questions: Sequence[dict], rollout: Rollout, settings: Settings,
              env: Env) -> tuple[Tensor, dict[str, Tensor]]:
-    """((B,) rewards, {name: (B,) its parts}); a reply that was cut off gets unended_reward, if there is one [P4].
-
-    """
+    """((B,) rewards, {name: (B,) parts}); a reply that was cut off gets unended_reward, if given [P4]."""
     found = []
     replies = [Reply(text, bool(ended), len(reply))
                for text, ended, reply in zip(rollout.texts, rollout.ended, rollout.replies)]
@@ -498,7 +355,8 @@ def read_all(policy: Transformer, cast: Cast, rollout: Rollout, minibatches: lis
         with env.autocast(), torch.compiler.set_stance("force_eager"):
             logps, _, values = inside(policy, read_replies, *packed, settings.temperature, False, cast.head)
             with adapter_off(policy) if cast.reference is None else contextlib.nullcontext():
-                reference, _, _ = inside(cast.reference or policy, read_replies, *packed, settings.temperature)
+                reference, _, _ = inside(cast.reference or policy, read_replies, *packed,
+                                         settings.temperature)
             if cast.critic is not None:
                 values = inside(cast.critic, reply_values, *packed)
         for grid, found in zip(grids, (logps, reference, values)):
@@ -526,8 +384,8 @@ def advantages_of(rewards: Tensor, values: Tensor, mask: Tensor, settings: Setti
             number, total = over_all(torch.stack([torch.tensor(float(len(totals))), totals.sum()]))
             better = totals - total / number
         else:
-            better = group_advantages(totals, settings.samples, "rloo" if settings.baseline == "rloo" else "mean",
-                                      settings.divide_by_std)
+            kind = "rloo" if settings.baseline == "rloo" else "mean"
+            better = group_advantages(totals, settings.samples, kind, settings.divide_by_std)
         advantages = torch.where(mask, better[:, None], 0.0)
         returns = torch.where(mask, totals[:, None], 0.0)
     if settings.whiten:  # [P8]: the returns, computed before, stay as they are
@@ -564,7 +422,7 @@ def update_all(run: Run, cast: Cast, minibatches: list, grids: tuple, settings: 
 
 def ppo_loss(model: Transformer, batch: tuple[Tensor, ...], settings: Settings, kl_coef: float = 0.0,
              head: nn.Module | None = None) -> tuple[Tensor, Tensor, dict]:
-    """(sum, count, figures) of the policy's loss, as train.update has it. batch: of lay_out, and the grids."""
+    """(sum, count, figures) of the policy's loss, for train.update; batch: of lay_out, and the grids."""
     *packed, old_logps, reference, advantages, old_values, returns = batch
     mask = packed[-1]
     logps, entropies, values = read_replies(model, *packed, settings.temperature, bool(settings.entropy_coef),
@@ -575,7 +433,8 @@ def ppo_loss(model: Transformer, batch: tuple[Tensor, ...], settings: Settings, 
     if entropies is not None:
         terms = terms - settings.entropy_coef * entropies
     if values is not None:
-        terms = terms + settings.value_coef * value_terms(values, old_values, returns, settings.clip_value or None)
+        errors = value_terms(values, old_values, returns, settings.clip_value or None)
+        terms = terms + settings.value_coef * errors
     ratio = (logps.detach() - old_logps).exp()
     outside = (ratio < 1 - settings.clip_policy) | \
         (ratio > 1 + (settings.clip_policy if settings.clip_high is None else settings.clip_high))
@@ -591,8 +450,9 @@ def ppo_loss(model: Transformer, batch: tuple[Tensor, ...], settings: Settings, 
 def update_critic(run: Run, cast: Cast, batches: list, settings: Settings, env: Env) -> dict:
     """One step of the critic on its own trunk towards the returns; returns its figures."""
     rates = critic_settings(settings)
-    report = update(cast.critic, run.critic_optimizer, batches, functools.partial(critic_loss, settings=settings),
-                    rates, env, learning_rate(run.step, rates), run.scaler)
+    loss_fn = functools.partial(critic_loss, settings=settings)
+    report = update(cast.critic, run.critic_optimizer, batches, loss_fn, rates, env,
+                    learning_rate(run.step, rates), run.scaler)
     return {"value_loss": report["figures"]["value_loss"], "critic_grad_norm": report["grad_norm"]}
 
 
@@ -619,7 +479,8 @@ def outcome(rollout: Rollout, scores: Tensor, parts: dict[str, Tensor], logps: T
     k1, k3 = (kl_estimate(logps, reference, kind) for kind in ("k1", "k3"))
     rewards = {"reward": scores, **{f"reward_{name}": part for name, part in parts.items()}}
     by_reply = {**rewards, **{f"{name}_squared": value.square() for name, value in rewards.items()},
-                "length": lengths, "ended": rollout.ended.float(), "kl_nats_per_reply": torch.where(mask, k1, 0.0).sum(dim=1),
+                "length": lengths, "ended": rollout.ended.float(),
+                "kl_nats_per_reply": torch.where(mask, k1, 0.0).sum(dim=1),
                 "kl_k3_nats_per_reply": torch.where(mask, k3, 0.0).sum(dim=1),
                 "distinct": torch.full_like(lengths, len(set(rollout.texts)) / len(rollout))}
     errors = returns - values
@@ -645,8 +506,8 @@ def refuse_broken(line: dict, env: Env):
     """Raise BadStep unless all figures, equal on every process, are finite."""
     for name in ("reward", "kl_nats_per_reply", "kl_k3_nats_per_reply"):
         if not math.isfinite(line[name]):
-            raise BadStep(f"{name} is {line[name]}; no weight was touched. A lower --lr, a larger --kl_coef or "
-                          f"--stop_kl may help")
+            raise BadStep(f"{name} is {line[name]}; no weight was touched. A lower --lr, a larger --kl_coef "
+                          f"or --stop_kl may help")
 
 
 def collapsed(line: dict) -> str | None:
@@ -683,7 +544,7 @@ def held_out(policy: Transformer, cast: Cast, prompts: Prompts, numbers: Sequenc
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The loop
+# 4. The loop
 
 
 class PolicyRun(Run):
@@ -696,7 +557,8 @@ class PolicyRun(Run):
         self.kl_coef = settings.kl_coef
         if cast.critic is not None:
             env.say("the critic's:")
-            self.critic_optimizer = make_optimizer(cast.critic, critic_settings(settings), env.say, env.products)
+            self.critic_optimizer = make_optimizer(cast.critic, critic_settings(settings), env.say,
+                                                   env.products)
             self.others["critic"] = cast.critic, self.critic_optimizer
 
 
@@ -743,16 +605,16 @@ def timed(step: Callable[[], dict], run: PolicyRun, env: Env) -> dict:
     began = time.perf_counter()
     figures = step()
     seconds, tokens = time.perf_counter() - began, figures["length"] * figures["replies"]
-    line = {"step": run.step, **figures, "tokens": round(tokens), "tokens_per_second": round(tokens / seconds),
-            "seconds": round(seconds, 4)} | run.news()
+    line = {"step": run.step, **figures, "tokens": round(tokens),
+            "tokens_per_second": round(tokens / seconds), "seconds": round(seconds, 4)} | run.news()
     peak = peak_memory(env.device)
     if peak is not None:
         line["memory_gib"] = round(peak / 2 ** 30, 4)
     problem = collapsed(line)
     if problem:
         line["collapsed"] = problem
-        env.say(f"step {run.step}: the policy has collapsed: {problem}; a larger --kl_coef or --entropy_coef, "
-                f"or a lower --lr, may help")
+        env.say(f"step {run.step}: the policy has collapsed: {problem}; a larger --kl_coef or "
+                f"--entropy_coef, or a lower --lr, may help")
     return line
 
 
@@ -763,7 +625,7 @@ def in_short(line: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. The command
+# 5. The command
 
 
 def main():
@@ -814,8 +676,9 @@ def check_divisible(settings: Settings, env: Env):
         raise UserError(f"{settings.batch_size // settings.samples} prompts a step and --minibatch_size "
                         f"{settings.minibatch_size} are not divisible by the {n} processes; choose multiples")
     if settings.micro_batch_size and share % settings.micro_batch_size:
-        raise UserError(f"micro_batch_size {settings.micro_batch_size} does not divide the {share} replies that "
-                        f"each process has of --minibatch_size {settings.minibatch_size}; choose a divisor")
+        raise UserError(f"micro_batch_size {settings.micro_batch_size} does not divide the {share} replies "
+                        f"that each process has of --minibatch_size {settings.minibatch_size}; choose a "
+                        f"divisor")
     if 0 < settings.questions < n:
         raise UserError(f"--questions {settings.questions} are fewer than the {n} processes; pass more, or 0")
 
@@ -825,14 +688,14 @@ def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[Rewa
     judge = None
     if any(word.partition("=")[0] == "model" for word in settings.rewards):
         if settings.reward_model == Settings.reward_model and not Path(settings.reward_model).exists():
-            raise UserError(f"there is no {settings.reward_model}, the reward called model; make it with: python "
-                            f"ppo.py --train_reward_model, or name one with --reward_model")
+            raise UserError(f"there is no {settings.reward_model}, the reward called model; make it with: "
+                            f"python ppo.py --train_reward_model, or name one with --reward_model")
         judge, own = load_reward_model(settings.reward_model, env.device)
         check_same_tokenizer(own, tokenizer, f"the reward model {settings.reward_model}", settings)
         judge.requires_grad_(False).eval()
         if judge.config.max_seq_len < settings.seq_len:
-            raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {judge.config.max_seq_len} of the "
-                            f"reward model {settings.reward_model}; pass a shorter one")
+            raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {judge.config.max_seq_len} of "
+                            f"the reward model {settings.reward_model}; pass a shorter one")
     scorer = None if judge is None else \
         lambda prompts, replies: normalised_scores(judge, prompts, replies, env)
     return judge, Rewards(settings.rewards, scorer, settings.bad_rewards)
@@ -840,8 +703,8 @@ def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[Rewa
 
 def check_same_tokenizer(own: Tokenizer | None, tokenizer: Tokenizer, what: str, settings: Settings):
     if own is None or own.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{what} has another tokenizer than {settings.init_from}: it would read other tokens than "
-                        f"were drawn; choose one made from the same model")
+        raise UserError(f"{what} has another tokenizer than {settings.init_from}: it would read other tokens "
+                        f"than were drawn; choose one made from the same model")
 
 
 def add_critic(cast: Cast, policy: Transformer, judge: RewardModel | None, settings: Settings, env: Env):
@@ -870,9 +733,9 @@ def replace_critic(cast: Cast) -> Cast:
     return replace(cast, critic=None, head=None)
 
 
-def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rewards: Rewards, settings: Settings,
-            env: Env):
-    """Print what held-out prompts are answered before and after; write results.json, rewards.svg and kl.svg."""
+def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rewards: Rewards,
+            settings: Settings, env: Env):
+    """Print how held-out prompts are answered before and after; write results.json and the pictures."""
     out = Path(settings.out)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     results = {}
@@ -902,9 +765,10 @@ def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rew
 
 
 def against_kl(start: dict, lines: list[dict], rewards: Rewards) -> str:
-    """The picture of over-optimisation (Gao et al. 2022): each reward, in units of how it scattered at the start,
-    over the distance from there. Where what is rewarded still grows and what is only followed falls, the former
-    is being exploited.
+    """The picture of over-optimisation (Gao et al. 2022): rewards over the distance from the start.
+
+    Each in units of how it scattered at the start. Where what is rewarded still grows and what is only
+    followed falls, the former is being exploited.
     """
     points = [start, *(line for line in lines if "val_reward" in line)]
     curves = {}
@@ -918,19 +782,20 @@ def against_kl(start: dict, lines: list[dict], rewards: Rewards) -> str:
 
 def answered(folder, asked: Prompts, numbers: Sequence[int], rewards: Rewards, settings: Settings,
              env: Env) -> dict[str, list[float]]:
-    """{name: a figure for each held-out prompt}: of four sampled replies their mean, and of the greedy one."""
+    """{name: a figure for each held-out prompt}: the mean of four sampled replies', and the greedy one's."""
     model, tokenizer = open_model(folder, env.device)
     stop = tokenizer.special_tokens[TEMPLATES[settings.template].end]
     prompts, found = [asked.ids[i] for i in numbers], {}
     for how, samples, temperature in (("sampled", 4, settings.temperature), ("greedy", 1, 0.0)):
         generator = torch.Generator(env.device).manual_seed(settings.seed)
-        rollout = roll_out(model.eval(), prompts, tokenizer, stop, samples, settings.max_new_tokens, temperature,
-                           generator, 32, progress=True)
+        rollout = roll_out(model.eval(), prompts, tokenizer, stop, samples, settings.max_new_tokens,
+                           temperature, generator, 32, progress=True)
         questions = [asked.questions[i] for i in numbers for _ in range(samples)]
         replies = [Reply(text, bool(ended), len(reply))
                    for text, ended, reply in zip(rollout.texts, rollout.ended, rollout.replies)]
         scores, parts = rewards(questions, replies, (rollout.prompts, rollout.replies))
-        figures = {"reward": scores, **parts, "ended": rollout.ended.float(), "length": rollout.lengths.float()}
+        figures = {"reward": scores, **parts, "ended": rollout.ended.float(),
+                   "length": rollout.lengths.float()}
         found |= {f"{how}: {name}": value.view(-1, samples).mean(dim=1).tolist()
                   for name, value in figures.items()}
     return found

@@ -4,9 +4,9 @@
     packed = lay_out(rollout, rows, seq_len)     # some of its rows, prompt and reply, in few windows
     logps, _, _ = read_replies(policy, *packed)  # (B, R): of each reply's tokens, 0 behind its end
 
-What stands beside each token of a reply (log-probability, value, reward, advantage) lies in a grid (B, R): row
-b is reply b, column t its token t. That token's log-probability and value come from position prompt_len - 1 + t,
-where the model has read all before it and not yet itself.
+What stands beside each token of a reply (log-probability, value, reward, advantage) lies in a grid (B, R):
+row b is reply b, column t its token t. That token's log-probability and value come from position
+prompt_len - 1 + t, where the model has read all before it and not yet itself.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,8 +77,8 @@ def roll_out(policy: Transformer, prompts: Sequence[list[int]], tokenizer: Token
 def lay_out(rollout: Rollout, rows: Sequence[int], seq_len: int) -> tuple[Tensor, ...]:
     """(inputs, targets, documents, place, mask) of some rows of a rollout: what `read_replies` reads.
 
-    Prompt and reply of each row are packed with others into W windows of at most seq_len tokens (sft.best_fit),
-    where none sees another: little padding is computed, and what stands in it reaches nobody.
+    Prompt and reply of each row are packed with others into W windows of at most seq_len tokens
+    (sft.best_fit), where none sees another: little padding is computed, and what stands in it reaches nobody.
 
     inputs, targets, documents: (W, T) as of sft.Packed. place (N,): for each target, in the order in which
     they stand, where its figures go in the grid of these rows, b R + t. mask (len(rows), R): of that grid.

@@ -4,24 +4,21 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import ppo
 import rewards
-import train
 from bpe import Tokenizer
 from chat import CHATML, render, with_chat_tokens
 from checkpoint import load_model, save_model
 from config import UserError
-from lora import add_lora
 from parallel import Env
-from ppo import (gae, group_advantages, kl_estimate, masked_mean, next_coefficient, policy_loss, policy_terms,
-                 reward_model_loss, summed, token_rewards, value_loss, value_terms, whiten)
+from ppo import (gae, group_advantages, kl_estimate, next_coefficient, policy_loss, reward_model_loss, summed,
+                 token_rewards, value_loss, whiten)
 from reward_model import RewardModel, save_reward_model
-from rewards import Reward, Rewards
-from rollouts import Rollout, in_grid, lay_out, read_replies, reply_values, roll_out
+from rewards import Reward
+from rollouts import lay_out, read_replies, reply_values, roll_out
 from support import in_process, kill_in_the_middle, randn, random_model, run_stage, seeded
 
 CPU = Env(torch.device("cpu"))
@@ -67,7 +64,8 @@ def test_k1_and_k3_are_the_divergence_on_average_and_k3_is_never_negative():
 def test_as_losses_their_gradients_are_of_nothing_of_the_divergence_and_of_its_reverse(kind):
     theta, q = randn(7, seed=1).double().requires_grad_(), randn(7, seed=2).log_softmax(0).double()
     p = theta.log_softmax(0)
-    [found] = torch.autograd.grad((p.detach().exp() * kl_estimate(p, q, kind)).sum(), theta, retain_graph=True)
+    estimate = (p.detach().exp() * kl_estimate(p, q, kind)).sum()
+    [found] = torch.autograd.grad(estimate, theta, retain_graph=True)
     of = {"k1": 0 * p.sum(), "k2": (p.exp() * (p - q)).sum(), "k3": (q.exp() * (q - p)).sum()}[kind]
     [expected] = torch.autograd.grad(of, theta)
     assert found == pytest.approx(expected, abs=1e-12)  # float64
@@ -213,7 +211,7 @@ def test_the_value_loss_by_hand():
 def test_padding_has_no_part_in_a_loss_or_its_gradient():
     mask = mask_of(3, 1)
     for loss in (policy_loss, value_loss):
-        inputs = [torch.where(mask, randn(2, 3, seed=i), torch.tensor(0.0)).requires_grad_() for i in range(3)]
+        inputs = [torch.where(mask, randn(2, 3, seed=i), 0.0).requires_grad_() for i in range(3)]
         wild = [torch.where(mask, x, torch.tensor(77.0)).detach().requires_grad_() for x in inputs]
         a, b = loss(*inputs, mask), loss(*wild, mask)
         a.backward(), b.backward()
@@ -237,7 +235,8 @@ def test_the_price_of_a_nat_follows_its_target_by_at_most_a_fifth():
 
 
 def test_the_reward_models_loss_is_a_name_of_this_file():
-    assert reward_model_loss(torch.tensor([1.0]), torch.tensor([1.0])).tolist() == pytest.approx([math.log(2)])
+    [loss] = reward_model_loss(torch.tensor([1.0]), torch.tensor([1.0])).tolist()
+    assert loss == pytest.approx(math.log(2))
 
 
 def test_the_policy_gradient_is_the_analytic_one_on_average():
@@ -246,7 +245,7 @@ def test_the_policy_gradient_is_the_analytic_one_on_average():
     probs = theta.softmax(0)
     analytic = probs * (worth - probs @ worth)  # d E[R] / d theta
     actions = torch.multinomial(probs.expand(20_000, 5), 4, replacement=True, generator=generator)
-    for kind, scale in (("rloo", 1.0), ("mean", 3 / 4)):  # with one's own reward in the mean: (G - 1) / G of it
+    for kind, scale in (("rloo", 1.0), ("mean", 3 / 4)):  # with one's own in the mean: (G - 1) / G of it
         better = group_advantages(worth[actions].flatten(), 4, kind, divide_by_std=False).view(-1, 4)
         one_hot = torch.nn.functional.one_hot(actions, 5).float()
         samples = ((one_hot - probs) * better[:, :, None]).mean(dim=1)  # of a group: its gradient of -loss
@@ -301,7 +300,7 @@ def test_log_probabilities_when_drawn_are_those_when_scored(temperature):
 
 
 def by_hand(model, prompt, reply, temperature=1.0):
-    """Log-probabilities of a reply's tokens from a pass over it alone: token t from position prompt_len-1+t."""
+    """Log-probabilities of a reply's tokens, from a pass over it alone."""
     logits = model(torch.tensor([prompt + reply]))[0] / temperature
     return [logits[len(prompt) - 1 + t].log_softmax(0)[token].item() for t, token in enumerate(reply)]
 
@@ -394,9 +393,9 @@ def a_reward_of_our_own(monkeypatch):
 
 def arguments(place, out, **changes):
     words = {"init_from": place / "sft", "prompts_data": place / "chat", "out": out, "rewards": "letters",
-             "seq_len": 96, "batch_size": 16, "minibatch_size": 8, "steps": 4, "max_new_tokens": 6, "lr": 0.01,
-             "adam_lr": 3e-3, "device": "cpu", "precision": "fp32", "compile": "false", "questions": 4,
-             "save_every": 2, "reward_model": place / "reward", **changes}
+             "seq_len": 96, "batch_size": 16, "minibatch_size": 8, "steps": 4, "max_new_tokens": 6,
+             "lr": 0.01, "adam_lr": 3e-3, "device": "cpu", "precision": "fp32", "compile": "false",
+             "questions": 4, "save_every": 2, "reward_model": place / "reward", **changes}
     return [word for name, value in words.items() if value is not None
             for word in (f"--{name}", *str(value).split("|"))]
 
@@ -411,8 +410,9 @@ def log_of(out):
 
 
 EACH = [dict(algorithm=name) for name in ppo.ALGORITHMS] + [
-    dict(critic="shared"), dict(rewards="model|letters=0.5|f1=0"), dict(entropy_coef=0.01), dict(kl_in="loss"),
-    dict(lora_rank=2, lora_alpha=4, lora_lr=0.01, lr=None), dict(micro_batch_size=2), dict(kl_target=1.0)]
+    dict(critic="shared"), dict(rewards="model|letters=0.5|f1=0"), dict(entropy_coef=0.01),
+    dict(kl_in="loss"), dict(lora_rank=2, lora_alpha=4, lora_lr=0.01, lr=None), dict(micro_batch_size=2),
+    dict(kl_target=1.0)]
 
 
 @pytest.mark.parametrize("changes", EACH, ids=str)
@@ -465,9 +465,9 @@ def test_the_same_command_goes_on_and_ends_in_the_same_bytes(place, tmp_path, co
         patch.setattr(ppo, "reinforce", stops)
         assert command(words)[0] != 0
     assert command(words)[0] == 0
-    for name in ("model.safetensors", "state/step_00000006/critic_model.safetensors",
-                 "state/step_00000006/critic_optimizer.safetensors", "state/step_00000006/optimizer.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    for name in ("model", "optimizer", "critic_model", "critic_optimizer"):
+        whole, cut = (tmp_path / run / f"state/step_00000006/{name}.safetensors" for run in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes(), name
     for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "cut"), strict=True):
         assert a["reward"] == b["reward"] and a["loss"] == b["loss"] and a["kl_coef"] == b["kl_coef"]
     assert len({line["kl_coef"] for line in log_of(tmp_path / "whole")}) > 1, "the price has not moved"
@@ -503,9 +503,10 @@ def test_what_a_run_writes_can_be_looked_at(place, tmp_path, command):
                                        samples_every=2))
     assert code == 0, err
     lines = log_of(tmp_path / "run")
-    for name in ("reward_model", "reward_letters", "reward_std", "kl_k3_nats_per_reply", "entropy_nats_per_token",
-                 "clip_share", "ratio", "value_loss", "explained_variance", "length", "ended", "roll_out_seconds",
-                 "updates", "update_kl_nats_per_token", "tokens_per_second", "distinct"):
+    for name in ("reward_model", "reward_letters", "reward_std", "kl_k3_nats_per_reply",
+                 "entropy_nats_per_token", "clip_share", "ratio", "value_loss", "explained_variance",
+                 "length", "ended", "roll_out_seconds", "updates", "update_kl_nats_per_token",
+                 "tokens_per_second", "distinct"):
         assert all(math.isfinite(line[name]) for line in lines), name
     assert [len(line.get("samples", ())) for line in lines] == [5, 0, 5, 0]
     assert ["val_reward" in line for line in lines] == [False, True, False, True]
@@ -636,7 +637,8 @@ def test_a_figure_that_is_not_finite_rolls_the_run_back(place, tmp_path, command
             calls.append(1)
             return original(*args) * (math.nan if len(calls) == 5 else 1)
         monkeypatch.setattr(ppo, "policy_terms", spoiled)
-    code, out, err = command(arguments(place, tmp_path / "run", algorithm="rloo", questions=0, update_epochs=1))
+    code, out, err = command(arguments(place, tmp_path / "run", algorithm="rloo", questions=0,
+                                       update_epochs=1))
     assert code == 0, err
     assert "Back to step 2" in out
     lines = log_of(tmp_path / "run")

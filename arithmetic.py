@@ -101,7 +101,7 @@ class Settings:
     out: str = "runs/arithmetic"  # folder to write, or whose held-out problems are measured
     overwrite: bool = False  # replace what is in `out`
     think: bool = True  # replies write the steps out, before the answer
-    terms: int = 6  # numbers of a sum: the first has two digits, the others one
+    terms: int = 4  # numbers of a sum: the first has two digits, the others one
     learn: int = 4000  # problems to learn the form from, with sft.py
     problems: int = 6000  # others, for ppo.py to ask
     val: int = 500  # others still, held out from both

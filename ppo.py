@@ -61,7 +61,7 @@ from work import fingerprint
 # 1. One algorithm, many names
 
 ALGORITHMS = {  # what a name stands for; a flag of the same name goes before
-    "ppo": dict(baseline="critic", samples=1, update_epochs=4, kl_in="reward", kl_kind="k1", whiten=True),
+    "ppo": dict(baseline="critic", samples=1, kl_in="reward", kl_kind="k1", whiten=True),
     "grpo": dict(baseline="group", samples=8, kl_in="loss", kl_kind="k3", loss_over="sequence"),
     "dr_grpo": dict(baseline="group", samples=8, divide_by_std=False, loss_over="constant", kl_coef=0.0),
     "dapo": dict(baseline="group", samples=8, clip_high=0.28, kl_coef=0.0),
@@ -92,7 +92,7 @@ class Settings(Loop, Adapter):
     clip_policy: float = 0.2  # how far a token's ratio may move to be rewarded for it
     clip_high: float | None = None  # the same, upwards; none: as downwards
     update_epochs: int | None = None  # passes over the replies of a step
-    minibatch_size: int = 64  # replies an update, over all processes
+    minibatch_size: int = 32  # replies an update, over all processes
     stop_kl: float = 0.0  # no more updates in a step once KL(old | new) is so many nats a token; 0: never
 
     kl_in: Literal["reward", "loss"] | None = None  # where the distance from the reference is paid for
@@ -106,22 +106,23 @@ class Settings(Loop, Adapter):
     critic: Literal["own", "shared"] = "own"  # the critic's trunk: its own, or the policy's
     critic_from: str | None = None  # model folder its own trunk begins as; none: the reward model, if there
                                     # is one of the policy's shape, else the policy
-    critic_lr: float = 2e-3  # peak learning rate of its matrices in blocks
+    critic_lr: float = 1e-3  # peak learning rate of its matrices in blocks
     critic_adam_lr: float = 1e-3  # of its embedding, head and norms
     value_coef: float = 0.1  # shared: weight of the value loss
     clip_value: float = 0.2  # how far a value may move in a step; 0: any
     gamma: float = 1.0  # discount a token [P5]
     lam: float = 0.95  # of the generalised advantage estimate
 
-    steps: int = 60  # times that replies are drawn
-    batch_size: int = 128  # replies a step, over all processes
+    steps: int = 30  # times that replies are drawn
+    batch_size: int = 64  # replies a step, over all processes
     seq_len: int = 256  # tokens of a window into which replies are packed
     temperature: float = 1.0  # of the replies, and of all log-probabilities [P1]
-    max_new_tokens: int = 64  # of a reply
+    max_new_tokens: int = 100  # of a reply
     prompts_at_once: int = 64  # prompts whose replies are drawn together
-    optimizer: Literal["muon", "adamw", "adafactor"] = "muon"  # as in pretraining
-    lr: float = 5e-4  # peak learning rate of the matrices in blocks, annealed [G5]
-    adam_lr: float = 1e-4  # of embedding, head and norms
+    optimizer: Literal["muon", "adamw", "adafactor"] = "adamw"  # Muon's steps are of one size in all directions,
+        # and most of a policy gradient's are noise
+    lr: float = 4e-4  # peak learning rate of the matrices in blocks, annealed [G5]
+    adam_lr: float = 4e-4  # of embedding, head and norms
     lora_lr: float = 1e-3  # adapters' peak learning rate, in place of --lr
     warmup_steps: int = 3
     weight_decay: float = 0.0

@@ -231,6 +231,7 @@ class Prompts:
                 * (not all(fits)))
         self.seed, self.number = settings.seed, settings.batch_size // settings.samples
         self.rank, self.world_size = env.data_rank, env.data_world_size
+        self.epoch, self.order = None, None
 
     def at(self, step: int) -> list[int]:
         """The numbers of this process's prompts in a step: a function of (seed, step)."""
@@ -239,7 +240,10 @@ class Prompts:
 
     def nth(self, i: int) -> int:
         epoch, place = divmod(i, len(self.ids))
-        return int(np.random.default_rng([self.seed, epoch]).permutation(len(self.ids))[place])
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.ids))
+        return int(self.order[place])
 
 
 def whole_copy(model: Transformer, env: Env) -> Transformer:
@@ -717,7 +721,8 @@ def add_critic(cast: Cast, policy: Transformer, judge: RewardModel | None, setti
         nn.init.zeros_(policy.score.weight)
         cast.head = policy.score
         return
-    if judge is not None and judge.config == policy.config and not settings.critic_from:
+    alike = judge is not None and judge.config == replace(policy.config, tie_embeddings=False)
+    if alike and not settings.critic_from:
         trunk, name = judge, f"the reward model {settings.reward_model}"
     else:
         name = settings.critic_from or settings.init_from

@@ -180,6 +180,27 @@ def test_the_score_stands_at_the_last_token_and_every_token_pays_for_its_distanc
     assert found.tolist() == [pytest.approx([-0.05, 10.025, 0.0]), pytest.approx([-0.1, -0.2, 19.6])]
 
 
+@pytest.mark.parametrize("baseline", ["critic", "group", "rloo", "batch"])
+def test_returns_are_made_before_advantages_are_whitened(baseline):
+    settings = ppo.Settings(algorithm="grpo", baseline=baseline, samples=2, whiten=True)
+    rewards, values, mask = randn(4, 3, seed=1), randn(4, 3, seed=2), mask_of(3, 1, 2, 3)
+    rewards = torch.where(mask, rewards, 0.0)
+    advantages, returns = ppo.advantages_of(rewards, values, mask, settings, CPU)
+    assert advantages[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert advantages[mask].var().item() == pytest.approx(1, rel=1e-4)
+    expected = gae(rewards, values, mask, settings.gamma, settings.lam)[1]
+    if baseline != "critic":
+        expected = torch.where(mask, rewards.sum(dim=1, keepdim=True), 0.0)
+    assert torch.equal(returns, expected) and (advantages[~mask] == 0).all()
+
+
+def test_without_a_critic_all_tokens_of_a_reply_share_its_advantage():
+    settings = ppo.Settings(algorithm="reinforce", whiten=False)
+    rewards, mask = torch.tensor([[0.0, 3.0], [1.0, 0.0]]), mask_of(2, 1)
+    advantages, _ = ppo.advantages_of(rewards, torch.zeros(2, 2), mask, settings, CPU)
+    assert advantages.tolist() == [[1, 1], [-1, 0]]  # 3 and 1, less their mean
+
+
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
@@ -553,6 +574,15 @@ def test_prompts_are_all_asked_before_one_is_asked_again(place):
     halves = [ppo.Prompts(settings, "train", model, tokenizer,
                           replace(CPU, rank=rank, world_size=2)).at(3) for rank in (0, 1)]
     assert halves[0] + halves[1] == prompts.at(3)
+
+
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_a_critic_begins_by_expecting_nothing(place, tmp_path, command, monkeypatch, critic):
+    seen, original = [], ppo.read_all
+    monkeypatch.setattr(ppo, "read_all", lambda *args: (seen.append(original(*args)), seen[-1])[1])
+    assert command(arguments(place, tmp_path / "run", critic=critic, steps=2, questions=0))[0] == 0
+    (_, _, first), (_, _, second) = seen
+    assert (first == 0).all() and (second != 0).any()
 
 
 # ---- when something is wrong -------------------------------------------------------------------------------

@@ -61,14 +61,14 @@ from work import fingerprint
 # 1. One algorithm, many names
 
 ALGORITHMS = {  # what a name stands for; a flag of the same name goes before
-    "ppo": dict(baseline="critic", samples=1, kl_in="reward", kl_kind="k1", whiten=True),
-    "grpo": dict(baseline="group", samples=8, kl_in="loss", kl_kind="k3", loss_over="sequence"),
+    "ppo": dict(baseline="critic", samples=1, kl_in="reward", whiten=True),
+    "grpo": dict(baseline="group", samples=8, loss_over="sequence"),
     "dr_grpo": dict(baseline="group", samples=8, divide_by_std=False, loss_over="constant", kl_coef=0.0),
     "dapo": dict(baseline="group", samples=8, clip_high=0.28, kl_coef=0.0),
-    "rloo": dict(baseline="rloo", samples=4, kl_in="reward", kl_kind="k1"),
-    "reinforce": dict(baseline="batch", samples=1, kl_in="reward", kl_kind="k1", whiten=True)}
+    "rloo": dict(baseline="rloo", samples=4, kl_in="reward"),
+    "reinforce": dict(baseline="batch", samples=1, kl_in="reward", whiten=True)}
 COMMON = dict(update_epochs=2, whiten=False, divide_by_std=True, loss_over="token", kl_in="loss",
-              kl_kind="k3", kl_coef=0.05, clip_high=None)
+              kl_coef=0.05)
 
 
 @dataclass
@@ -96,7 +96,8 @@ class Settings(Loop, Adapter):
     stop_kl: float = 0.0  # no more updates in a step once KL(old | new) is so many nats a token; 0: never
 
     kl_in: Literal["reward", "loss"] | None = None  # where the distance from the reference is paid for
-    kl_kind: Literal["k1", "k2", "k3"] | None = None  # how it is estimated (kl_estimate)
+    kl_kind: Literal["k1", "k2", "k3"] | None = None  # how it is estimated (kl_estimate); none: k1 in the
+        # reward, k3 in the loss
     kl_coef: float | None = None  # its price, of a nat
     kl_target: float | None = None  # nats a reply that kl_coef is moved to keep; none: kl_coef stays
     kl_horizon: int = 2000  # over so many replies (next_coefficient)
@@ -140,8 +141,7 @@ class Settings(Loop, Adapter):
         for name, value in {**COMMON, **ALGORITHMS[self.algorithm]}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.baseline is None:
-            raise AssertionError(self.algorithm)
+        self.kl_kind = self.kl_kind or ("k1" if self.kl_in == "reward" else "k3")
         require(self, samples=(1, None), update_epochs=(1, 1000), minibatch_size=(1, None), stop_kl=(0, None),
                 clip_policy=(1e-6, 0.999), clip_high=(1e-6, 1e6), kl_coef=(0, 1e6), kl_target=(1e-6, 1e6),
                 kl_horizon=(1, None), entropy_coef=(0, 1e3), clip_value=(0, None), value_coef=(0, 1e3),
@@ -182,6 +182,9 @@ class Settings(Loop, Adapter):
             if self.lora_rank:
                 raise UserError("--critic shared: beside adapters the policy's trunk stays as it is; pass "
                                 "--critic own")
+        if (self.kl_in, self.kl_kind) == ("loss", "k1") and self.kl_coef:
+            raise UserError("--kl_kind k1 in the loss has no gradient on average; pass k2 or k3, or --kl_in "
+                            "reward")
         if self.kl_target and not self.kl_coef:
             raise UserError(f"--kl_target {self.kl_target} moves --kl_coef, which is 0; pass one above it")
 
@@ -296,8 +299,8 @@ def reinforce(run: Run, cast: Cast, prompts: Prompts, settings: Settings, env: E
     old_logps, reference, old_values = read_all(run.model, cast, rollout, minibatches, settings, env)
 
     # 3. Advantages: how much better than expected each token was.
-    mask, k1 = rollout.mask, kl_estimate(old_logps, reference)
-    rewards = token_rewards(scores, k1, mask, run.kl_coef if settings.kl_in == "reward" else 0.0)
+    mask, distance = rollout.mask, kl_estimate(old_logps, reference, settings.kl_kind)
+    rewards = token_rewards(scores, distance, mask, run.kl_coef if settings.kl_in == "reward" else 0.0)
     advantages, returns = advantages_of(rewards, old_values, mask, settings, env)
     line = outcome(rollout, scores, parts, old_logps, reference, old_values, returns, settings, env)
     refuse_broken(line, env)
@@ -370,9 +373,12 @@ def read_all(policy: Transformer, cast: Cast, rollout: Rollout, minibatches: lis
     return grids
 
 
-def token_rewards(scores: Tensor, k1: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """(B, R): -kl_coef (logp - reference) of each token [P7], and the reply's score at its last one."""
-    rewards = torch.where(mask, -kl_coef * k1, 0.0)
+def token_rewards(scores: Tensor, distance: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """(B, R): what each token pays for its distance from the reference [P7]; at the last, the score too.
+
+    scores (B,): of the replies. distance (B, R): kl_estimate's, in nats.
+    """
+    rewards = torch.where(mask, -kl_coef * distance, 0.0)
     rewards[torch.arange(len(mask)), mask.sum(dim=1) - 1] += scores
     return rewards
 

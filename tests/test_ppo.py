@@ -620,6 +620,7 @@ MISTAKES = [
     (dict(spike=3), "--spike"),
     (dict(ramp_tokens=10, batch_start=8), "--batch_start"),
     (dict(kl_target=1, kl_coef=0), "--kl_target"),
+    (dict(kl_in="loss", kl_kind="k1"), "no gradient on average"),
     (dict(temperature=0), "temperature"),
     (dict(gamma=1.5), "gamma"),
     (dict(clip_policy=1), "clip_policy"),

@@ -82,8 +82,8 @@ def architecture_in(content: dict, task: str = "ForCausalLM") -> str:
         *most, last = DEFAULTS
         raise UserError(f"architecture {name!r:.60} is not supported; {', '.join(most)} and {last} are")
     if content.get("architectures") and scores != (task == SCORES):  # a model_type alone does not tell
-        raise UserError(f"{name} is a reward model: it scores texts and writes none; only reward_model.py and "
-                        f"ppo.py open it" if scores else
+        raise UserError(f"{name} is a reward model: it scores texts and writes none; only reward_model.py "
+                        f"and ppo.py open it" if scores else
                         f"{name} is a language model, no reward model; make one of it with: python ppo.py "
                         f"--train_reward_model")
     return writer

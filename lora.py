@@ -222,7 +222,7 @@ def targeted(model: nn.Module, targets: str | Sequence[str], rank: int) -> dict[
     chosen = {}
     for name in names:
         found = {path: module for path, module in layers.items() if path == name or path.endswith(f".{name}")
-                 or name == "all" and path not in ("lm_head", "score")}  # (of a reward model: reward_model.py)
+                 or name == "all" and path not in ("lm_head", "score")}  # score: a reward model's head
         if not found:
             known = sorted({path.rpartition(".")[2] for path in layers})
             raise UserError(f"--lora_targets {name} matches no linear layer of this model; there are all, "

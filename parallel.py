@@ -420,7 +420,7 @@ def check_layout(model: nn.Module, env: Env):
     shards = env.mesh["shard"].size()
     for name, p in model.named_parameters():
         if ".adapters." in name or name == "score.weight" or not p.is_floating_point():
-            continue  # thin (lora.py's, a reward model's head), or bits: with fewer rows than shards some hold none
+            continue  # thin (lora.py's, a reward's head), or bits; with fewer rows than shards, some hold none
         if p.size(0) // (n if p.dim() > 1 else 1) < shards:
             raise UserError(f"{shards} shards are more than {name} has rows ({p.size(0)}"
                             f"{f' over {n} tensor-parallel processes' if n > 1 else ''}); pass "

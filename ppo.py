@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import dpo
-import reward_model as rm
+import reward_model
 import sft
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
@@ -640,9 +640,9 @@ def in_short(line: dict) -> str:
 
 
 def main():
-    if "--train_reward_model" in sys.argv[1:]:
-        sys.argv.remove("--train_reward_model")
-        rm.main()
+    words = [word for word in sys.argv[1:] if word != "--train_reward_model"]
+    if len(words) < len(sys.argv[1:]):
+        reward_model.main(words)
     else:
         guarded(parse(Settings), improve)
 

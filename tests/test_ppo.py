@@ -519,6 +519,13 @@ def test_a_known_optimum_is_reached(place, tmp_path, command, monkeypatch, algor
     assert lines[0]["reward"] < 0.5 and lines[-1]["reward"] > 0.9, [round(l["reward"], 2) for l in lines]
 
 
+def test_the_reward_model_is_trained_by_a_word_of_this_command(command):
+    code, _, err = command(["--train_reward_model", "--init_from", "nowhere", "--data", "nothing"])
+    assert code == 2 and "nowhere" in err
+    code, out, _ = command(["--train_reward_model", "--help"])
+    assert code == 0 and "--margin_from" in out, "these are the settings of reward_model.py"
+
+
 def test_what_a_run_writes_can_be_looked_at(place, tmp_path, command):
     code, out, err = command(arguments(place, tmp_path / "run", rewards="model|letters=0", eval_every=2,
                                        samples_every=2))

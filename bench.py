@@ -599,7 +599,7 @@ def guessing(rounds: int, model: Transformer, prompt: list[int] | None = None):
 
 def rollouts(rounds: int):
     """Tokens a second of 32 replies at temperature 1: 8 to each of 4 prompts, and 1 to each of 32."""
-    small = replace(DECODER, vocab_size=4096, dim=128, n_layers=4, n_heads=2, ffn_dim=384,
+    small = replace(DECODER, vocab_size=4096, dim=128, n_layers=4, n_heads=2, n_kv_heads=2, ffn_dim=384,
                     tie_embeddings=False)
     for config in (small, DECODER):
         ours, theirs = Transformer(config).eval(), peer_model(config, "sdpa").eval()

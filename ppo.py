@@ -577,6 +577,18 @@ def learn(run: PolicyRun, cast: Cast, prompts: Prompts, asked: Prompts, settings
     """Make all steps, from the newest state on, and save the model; returns the log's last line."""
     run.load()
     log, numbers = Log(), sft.spread(range(len(asked.ids)), settings.questions)
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """As of Run; a shared critic's head in a file of its own: a state's folder is a language model's."""
+        found = super().tensors()
+        if "score.weight" in found.get("model", ()):
+            found["critic_head"] = {"score.weight": found["model"].pop("score.weight")}
+        return found
+
+    def put_back(self, found: dict[str, dict[str, Tensor]]):
+        if "critic_head" in found:
+            found = found | {"model": found["model"] | found["critic_head"]}
+        super().put_back(found)
+
     env.first(lambda: log.open(run.folder, run.step, settings))
     if run.step == 0:
         run.save(log)

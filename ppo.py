@@ -674,6 +674,9 @@ def improve(settings: Settings, env: Env):
             f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
     with contextlib.ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
+    if settings.questions and len(asked.ids) < env.data_world_size:
+        raise UserError(f"{len(asked.ids)} held-out prompts are fewer than the {env.data_world_size} "
+                        f"processes; pass --questions 0, or start fewer")
         env.first(lambda: stack.enter_context(open_run_folder(settings)))
         if env.rank == 0:
             show(settings)
@@ -699,6 +702,9 @@ def check_divisible(settings: Settings, env: Env):
         raise UserError(f"{settings.batch_size // settings.samples} prompts a step and --minibatch_size "
                         f"{settings.minibatch_size} are not divisible by the {n} processes; choose multiples")
     if settings.micro_batch_size and share % settings.micro_batch_size:
+        if numbers and "val_reward" not in last:  # a finished run, which then was asked no questions
+            bring_up_to_date(cast.sampler, policy)
+            last = last | held_out(policy, cast, asked, numbers, settings, env)
         raise UserError(f"micro_batch_size {settings.micro_batch_size} does not divide the {share} replies "
                         f"that each process has of --minibatch_size {settings.minibatch_size}; choose a "
                         f"divisor")

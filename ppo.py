@@ -48,7 +48,7 @@ from parallel import Env, inside, parallelize
 from plot import line_chart
 from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficient, policy_loss,  # noqa: F401
                              policy_terms, summed, value_loss, value_terms, whiten)
-from rejection import in_words, prompt_files
+from rejection import in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Reply, Rewards
 from rollouts import Rollout, lay_out, read_replies, reply_values, roll_out
@@ -685,7 +685,9 @@ def improve(settings: Settings, env: Env):
         numbers = sft.spread(range(len(asked.ids)), settings.questions)
         identity = identity_of(settings) | {
             "init_from": str(Path(settings.init_from).resolve()), "base": base_of(model).get("sha256"),
-            "prompts": fingerprint(prompts.ids)}
+            "reference": weights_of(settings.init_from),  # unlike in SFT, it is looked at in every step
+            "judge": weights_of(settings.reward_model) if judge else None,
+            "prompts": fingerprint(prompts.ids, prompts.questions)}
         add_critic(cast, model, judge, settings, env)
         policy = parallelize(model.train(False), env)
         start = held_out(policy, cast, asked, numbers, settings, env) if numbers else {}

@@ -1,6 +1,7 @@
 """ppo.py and rollouts.py: the formulas by hand, what is scored is what was drawn, known optima, runs."""
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -775,6 +776,8 @@ def test_a_run_does_not_go_on_with_another_reference_reward_model_or_answers(pla
         save_reward_model(RewardModel.of(model_for(0.4)), TOKENIZER, tmp_path / "place" / "reward")
     code, _, err = command(words)
     assert code == 2 and "--overwrite" in err, "the rewards or the distance are now another's"
+
+# ---- several processes -------------------------------------------------------------------------------------
 
 
 

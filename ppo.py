@@ -521,11 +521,12 @@ def refuse_broken(line: dict, env: Env):
                           f"or --stop_kl may help")
 
 
-def collapsed(line: dict) -> str | None:
+def collapsed(line: dict, processes: int = 1) -> str | None:
     """What is wrong with replies that are all but one, in words."""
     if line["entropy_nats_per_token"] < 0.01:
         return f"the entropy is {line['entropy_nats_per_token']:.4f} nats a token"
-    if line["distinct"] * line["replies"] <= 1:
+    # round: a share such as 1/12 is kept in float32
+    if round(line["distinct"] * line["replies"]) <= processes < line["replies"]:
         return "all replies of a process are equal"
     return None
 
@@ -633,7 +634,7 @@ def timed(step: Callable[[], dict], run: PolicyRun, env: Env) -> dict:
     peak = peak_memory(env.device)
     if peak is not None:
         line["memory_gib"] = round(peak / 2 ** 30, 4)
-    problem = collapsed(line)
+    problem = collapsed(line, env.data_world_size)
     if problem:
         line["collapsed"] = problem
         env.say(f"step {run.step}: the policy has collapsed: {problem}; a larger --kl_coef or "

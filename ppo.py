@@ -421,13 +421,14 @@ def update_all(run: Run, cast: Cast, minibatches: list, grids: tuple, settings: 
             if cast.critic is not None:
                 found |= update_critic(run, cast, batches, settings, env)
             figures.append(found)
-            stopped = bool(settings.stop_kl) and found["update_kl_nats_per_token"] > settings.stop_kl
+            far = found["update_kl_nats_per_token"]  # None: not finite
+            stopped = bool(settings.stop_kl) and (far is None or far > settings.stop_kl)
             if stopped:
                 break
         if stopped:
             break
-    means = {name: float(np.mean([one[name] for one in figures if one[name] is not None] or [math.nan]))
-             for name in figures[0]}
+    seen = {name: [one[name] for one in figures if one[name] is not None] for name in figures[0]}
+    means = {name: float(np.mean(some)) if some else None for name, some in seen.items()}
     return means | {"lr": lr, "updates": len(figures), "first_ratio": figures[0]["ratio"]}
 
 

@@ -2,8 +2,8 @@
 
     python ppo.py --train_reward_model           # runs/sft + runs/pairs -> runs/reward (reward_model.py)
     python ppo.py                                # runs/sft, rewarded by runs/reward -> runs/ppo
-    python ppo.py --algorithm grpo --init_from runs/arithmetic/sft --prompts_data runs/arithmetic/problems \\
-        --rewards exact=1 --out runs/grpo        # no critic, no reward model: an answer is right or it is not
+    python ppo.py --algorithm grpo --init_from runs/arithmetic-sft --prompts_data runs/arithmetic/problems \\
+        --seq_len 128 --rewards exact=1 --out runs/grpo    # no critic, no reward model: right or wrong
 
 Unlike DPO, what is learnt from is drawn by the model as it is now, so the loop is this file's own. A step:
 1. roll out: each prompt is answered, at temperature 1;
@@ -154,13 +154,16 @@ class Settings(Loop, Adapter):
         self.check_useless()
 
     def check_sizes(self):
-        """Raise UserError where groups, batch and minibatches do not fit into each other."""
+        """Raise UserError where groups, batch, minibatches and horizon do not fit into each other."""
         if self.baseline in ("group", "rloo") and self.samples < 2:
             raise UserError(f"--samples {self.samples}: a reply alone has no group to be compared with; pass "
                             f"--samples 8, or --baseline critic")
         if self.batch_size % self.samples:
             raise UserError(f"--samples {self.samples} does not divide --batch_size {self.batch_size}: a "
                             f"group is not cut; choose a multiple")
+        if self.kl_target and self.batch_size > self.kl_horizon:
+            raise UserError(f"--kl_horizon {self.kl_horizon} is fewer replies than a step has, --batch_size "
+                            f"{self.batch_size}: --kl_coef would leap, even below 0; pass a longer one")
         if self.batch_size % self.minibatch_size:
             raise UserError(f"--minibatch_size {self.minibatch_size} does not divide --batch_size "
                             f"{self.batch_size}; choose a divisor")
@@ -574,11 +577,6 @@ class PolicyRun(Run):
                                                    env.products)
             self.others["critic"] = cast.critic, self.critic_optimizer
 
-
-def learn(run: PolicyRun, cast: Cast, prompts: Prompts, asked: Prompts, settings: Settings, env: Env) -> dict:
-    """Make all steps, from the newest state on, and save the model; returns the log's last line."""
-    run.load()
-    log, numbers = Log(), sft.spread(range(len(asked.ids)), settings.questions)
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """As of Run; a shared critic's head in a file of its own: a state's folder is a language model's."""
         found = super().tensors()
@@ -591,6 +589,11 @@ def learn(run: PolicyRun, cast: Cast, prompts: Prompts, asked: Prompts, settings
             found = found | {"model": found["model"] | found["critic_head"]}
         super().put_back(found)
 
+
+def learn(run: PolicyRun, cast: Cast, prompts: Prompts, asked: Prompts, settings: Settings, env: Env) -> dict:
+    """Make all steps, from the newest state on, and save the model; returns the log's last line."""
+    run.load()
+    log, numbers = Log(), sft.spread(range(len(asked.ids)), settings.questions)
     env.first(lambda: log.open(run.folder, run.step, settings))
     if run.step == 0:
         run.save(log)
@@ -669,16 +672,20 @@ def improve(settings: Settings, env: Env):
     check_divisible(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
     dpo.check_tokenizer(settings, tokenizer)
+    check_length(settings, model, settings.init_from)
     prompts, asked = (Prompts(settings, split, model, tokenizer, env) for split in ("train", "val"))
+    if settings.questions and len(asked.ids) < env.data_world_size:
+        raise UserError(f"{len(asked.ids)} held-out prompts are fewer than the {env.data_world_size} "
+                        f"processes; pass --questions 0, or start fewer")
     judge, rewards = rewards_of(settings, tokenizer, env)
+    if judge is not None:  # it reads the last token, too
+        check_length(settings, judge, f"the reward model {settings.reward_model}",
+                     min(settings.seq_len + 1, model.config.max_seq_len))
     reference = None if settings.lora_rank else dpo.frozen(copy.deepcopy(model), env)
     env.say(add_adapter(model, settings) if settings.lora_rank else
             f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
     with contextlib.ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
-    if settings.questions and len(asked.ids) < env.data_world_size:
-        raise UserError(f"{len(asked.ids)} held-out prompts are fewer than the {env.data_world_size} "
-                        f"processes; pass --questions 0, or start fewer")
         env.first(lambda: stack.enter_context(open_run_folder(settings)))
         if env.rank == 0:
             show(settings)
@@ -695,6 +702,9 @@ def improve(settings: Settings, env: Env):
         start = held_out(policy, cast, asked, numbers, settings, env) if numbers else {}
         run_ = PolicyRun(settings, policy, cast, env, identity)
         last = learn(run_, cast, prompts, asked, settings, env)
+        if numbers and "val_reward" not in last:  # a finished run, which then was asked no questions
+            bring_up_to_date(cast.sampler, policy)
+            last = last | held_out(policy, cast, asked, numbers, settings, env)
         env.first(lambda: compare(start, last, asked, numbers, rewards, settings, env), patient=True)
 
 
@@ -706,14 +716,18 @@ def check_divisible(settings: Settings, env: Env):
         raise UserError(f"{settings.batch_size // settings.samples} prompts a step and --minibatch_size "
                         f"{settings.minibatch_size} are not divisible by the {n} processes; choose multiples")
     if settings.micro_batch_size and share % settings.micro_batch_size:
-        if numbers and "val_reward" not in last:  # a finished run, which then was asked no questions
-            bring_up_to_date(cast.sampler, policy)
-            last = last | held_out(policy, cast, asked, numbers, settings, env)
         raise UserError(f"micro_batch_size {settings.micro_batch_size} does not divide the {share} replies "
                         f"that each process has of --minibatch_size {settings.minibatch_size}; choose a "
                         f"divisor")
     if 0 < settings.questions < n:
         raise UserError(f"--questions {settings.questions} are fewer than the {n} processes; pass more, or 0")
+
+
+def check_length(settings: Settings, model: nn.Module, what: str, tokens: int = 0):
+    """Raise UserError where a model cannot read windows, or texts of so many tokens."""
+    if (tokens or settings.seq_len) > model.config.max_seq_len:
+        raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
+                        f"{what}; pass a shorter one")
 
 
 def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[RewardModel | None, Rewards]:
@@ -726,9 +740,6 @@ def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[Rewa
         judge, own = load_reward_model(settings.reward_model, env.device)
         check_same_tokenizer(own, tokenizer, f"the reward model {settings.reward_model}", settings)
         judge.requires_grad_(False).eval()
-        if judge.config.max_seq_len < settings.seq_len:
-            raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {judge.config.max_seq_len} of "
-                            f"the reward model {settings.reward_model}; pass a shorter one")
     scorer = None if judge is None else \
         lambda prompts, replies: normalised_scores(judge, prompts, replies, env)
     return judge, Rewards(settings.rewards, scorer, settings.bad_rewards)
@@ -756,6 +767,7 @@ def add_critic(cast: Cast, policy: Transformer, judge: RewardModel | None, setti
         name = settings.critic_from or settings.init_from
         trunk, own = open_model(name, env.device)
         check_same_tokenizer(own, cast.tokenizer, f"the critic {name}", settings)
+        check_length(settings, trunk, f"the critic {name}")
     critic = RewardModel.of(trunk)
     nn.init.zeros_(critic.score.weight)
     env.say(f"critic: a trunk of its own, that of {name}")

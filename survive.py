@@ -291,7 +291,7 @@ class Run:
         """Copy this process's parts out of what `tensors` gave."""
         put_back(self.model, self.optimizer, found)
         for name, pair in self.others.items():
-            put_back(*pair, {group: tensors[f"{name}_{group}"] for group in ("model", "optimizer")})
+            put_back(*pair, {group: found[f"{name}_{group}"] for group in ("model", "optimizer")})
 
 
 def put_back(model: nn.Module, optimizer, tensors: dict[str, dict[str, Tensor]]):

@@ -621,6 +621,7 @@ MISTAKES = [
     (dict(spike=3), "--spike"),
     (dict(ramp_tokens=10, batch_start=8), "--batch_start"),
     (dict(kl_target=1, kl_coef=0), "--kl_target"),
+    (dict(kl_target=1, kl_horizon=8), "--kl_horizon 8"),
     (dict(kl_in="loss", kl_kind="k1"), "no gradient on average"),
     (dict(temperature=0), "temperature"),
     (dict(gamma=1.5), "gamma"),
@@ -697,8 +698,6 @@ def test_a_run_goes_on_only_with_what_it_began_with(place, tmp_path, command, ch
     code, _, err = command(arguments(place, tmp_path / "run", questions=0, steps=2, **changes))
     assert code == 2 and "--overwrite" in err, err
 
-
-# ---- several processes -------------------------------------------------------------------------------------
 
 def test_a_model_that_cannot_read_so_far_is_refused_before_anything_is_written(place, tmp_path, command):
     short, reader = model_for(max_seq_len=60), model_for(max_seq_len=48)
@@ -777,8 +776,8 @@ def test_a_run_does_not_go_on_with_another_reference_reward_model_or_answers(pla
     code, _, err = command(words)
     assert code == 2 and "--overwrite" in err, "the rewards or the distance are now another's"
 
-# ---- several processes -------------------------------------------------------------------------------------
 
+# ---- several processes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
     python ppo.py --train_reward_model           # runs/sft + runs/pairs -> runs/reward (reward_model.py)
     python ppo.py                                # runs/sft, rewarded by runs/reward -> runs/ppo
-    python ppo.py --algorithm grpo --init_from runs/arithmetic/sft --prompts_data runs/arithmetic/problems \\
-        --rewards exact=1 --out runs/grpo        # no critic, no reward model: an answer is right or it is not
+    python ppo.py --algorithm grpo --init_from runs/arithmetic-sft --prompts_data runs/arithmetic/problems \\
+        --seq_len 128 --rewards exact=1 --out runs/grpo    # no critic, no reward model: right or wrong
 
 Unlike DPO, what is learnt from is drawn by the model as it is now, so the loop is this file's own. A step:
 1. roll out: each prompt is answered, at temperature 1;
@@ -48,7 +48,7 @@ from parallel import Env, inside, parallelize
 from plot import line_chart
 from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficient, policy_loss,  # noqa: F401
                              policy_terms, summed, value_loss, value_terms, whiten)
-from rejection import in_words, prompt_files
+from rejection import in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Reply, Rewards
 from rollouts import Rollout, lay_out, read_replies, reply_values, roll_out
@@ -154,13 +154,16 @@ class Settings(Loop, Adapter):
         self.check_useless()
 
     def check_sizes(self):
-        """Raise UserError where groups, batch and minibatches do not fit into each other."""
+        """Raise UserError where groups, batch, minibatches and horizon do not fit into each other."""
         if self.baseline in ("group", "rloo") and self.samples < 2:
             raise UserError(f"--samples {self.samples}: a reply alone has no group to be compared with; pass "
                             f"--samples 8, or --baseline critic")
         if self.batch_size % self.samples:
             raise UserError(f"--samples {self.samples} does not divide --batch_size {self.batch_size}: a "
                             f"group is not cut; choose a multiple")
+        if self.kl_target and self.batch_size > self.kl_horizon:
+            raise UserError(f"--kl_horizon {self.kl_horizon} is fewer replies than a step has, --batch_size "
+                            f"{self.batch_size}: --kl_coef would leap, even below 0; pass a longer one")
         if self.batch_size % self.minibatch_size:
             raise UserError(f"--minibatch_size {self.minibatch_size} does not divide --batch_size "
                             f"{self.batch_size}; choose a divisor")
@@ -421,13 +424,14 @@ def update_all(run: Run, cast: Cast, minibatches: list, grids: tuple, settings: 
             if cast.critic is not None:
                 found |= update_critic(run, cast, batches, settings, env)
             figures.append(found)
-            stopped = bool(settings.stop_kl) and found["update_kl_nats_per_token"] > settings.stop_kl
+            far = found["update_kl_nats_per_token"]  # None: not finite
+            stopped = bool(settings.stop_kl) and (far is None or far > settings.stop_kl)
             if stopped:
                 break
         if stopped:
             break
-    means = {name: float(np.mean([one[name] for one in figures if one[name] is not None] or [math.nan]))
-             for name in figures[0]}
+    seen = {name: [one[name] for one in figures if one[name] is not None] for name in figures[0]}
+    means = {name: float(np.mean(some)) if some else None for name, some in seen.items()}
     return means | {"lr": lr, "updates": len(figures), "first_ratio": figures[0]["ratio"]}
 
 
@@ -521,11 +525,12 @@ def refuse_broken(line: dict, env: Env):
                           f"or --stop_kl may help")
 
 
-def collapsed(line: dict) -> str | None:
+def collapsed(line: dict, processes: int = 1) -> str | None:
     """What is wrong with replies that are all but one, in words."""
     if line["entropy_nats_per_token"] < 0.01:
         return f"the entropy is {line['entropy_nats_per_token']:.4f} nats a token"
-    if line["distinct"] * line["replies"] <= 1:
+    # round: a share such as 1/12 is kept in float32
+    if round(line["distinct"] * line["replies"]) <= processes < line["replies"]:
         return "all replies of a process are equal"
     return None
 
@@ -571,6 +576,18 @@ class PolicyRun(Run):
             self.critic_optimizer = make_optimizer(cast.critic, critic_settings(settings), env.say,
                                                    env.products)
             self.others["critic"] = cast.critic, self.critic_optimizer
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """As of Run; a shared critic's head in a file of its own: a state's folder is a language model's."""
+        found = super().tensors()
+        if "score.weight" in found.get("model", ()):
+            found["critic_head"] = {"score.weight": found["model"].pop("score.weight")}
+        return found
+
+    def put_back(self, found: dict[str, dict[str, Tensor]]):
+        if "critic_head" in found:
+            found = found | {"model": found["model"] | found["critic_head"]}
+        super().put_back(found)
 
 
 def learn(run: PolicyRun, cast: Cast, prompts: Prompts, asked: Prompts, settings: Settings, env: Env) -> dict:
@@ -621,7 +638,7 @@ def timed(step: Callable[[], dict], run: PolicyRun, env: Env) -> dict:
     peak = peak_memory(env.device)
     if peak is not None:
         line["memory_gib"] = round(peak / 2 ** 30, 4)
-    problem = collapsed(line)
+    problem = collapsed(line, env.data_world_size)
     if problem:
         line["collapsed"] = problem
         env.say(f"step {run.step}: the policy has collapsed: {problem}; a larger --kl_coef or "
@@ -655,8 +672,15 @@ def improve(settings: Settings, env: Env):
     check_divisible(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
     dpo.check_tokenizer(settings, tokenizer)
+    check_length(settings, model, settings.init_from)
     prompts, asked = (Prompts(settings, split, model, tokenizer, env) for split in ("train", "val"))
+    if settings.questions and len(asked.ids) < env.data_world_size:
+        raise UserError(f"{len(asked.ids)} held-out prompts are fewer than the {env.data_world_size} "
+                        f"processes; pass --questions 0, or start fewer")
     judge, rewards = rewards_of(settings, tokenizer, env)
+    if judge is not None:  # it reads the last token, too
+        check_length(settings, judge, f"the reward model {settings.reward_model}",
+                     min(settings.seq_len + 1, model.config.max_seq_len))
     reference = None if settings.lora_rank else dpo.frozen(copy.deepcopy(model), env)
     env.say(add_adapter(model, settings) if settings.lora_rank else
             f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -670,12 +694,17 @@ def improve(settings: Settings, env: Env):
         numbers = sft.spread(range(len(asked.ids)), settings.questions)
         identity = identity_of(settings) | {
             "init_from": str(Path(settings.init_from).resolve()), "base": base_of(model).get("sha256"),
-            "prompts": fingerprint(prompts.ids)}
+            "reference": weights_of(settings.init_from),  # unlike in SFT, it is looked at in every step
+            "judge": weights_of(settings.reward_model) if judge else None,
+            "prompts": fingerprint(prompts.ids, prompts.questions)}
         add_critic(cast, model, judge, settings, env)
         policy = parallelize(model.train(False), env)
         start = held_out(policy, cast, asked, numbers, settings, env) if numbers else {}
         run_ = PolicyRun(settings, policy, cast, env, identity)
         last = learn(run_, cast, prompts, asked, settings, env)
+        if numbers and "val_reward" not in last:  # a finished run, which then was asked no questions
+            bring_up_to_date(cast.sampler, policy)
+            last = last | held_out(policy, cast, asked, numbers, settings, env)
         env.first(lambda: compare(start, last, asked, numbers, rewards, settings, env), patient=True)
 
 
@@ -694,6 +723,13 @@ def check_divisible(settings: Settings, env: Env):
         raise UserError(f"--questions {settings.questions} are fewer than the {n} processes; pass more, or 0")
 
 
+def check_length(settings: Settings, model: nn.Module, what: str, tokens: int = 0):
+    """Raise UserError where a model cannot read windows, or texts of so many tokens."""
+    if (tokens or settings.seq_len) > model.config.max_seq_len:
+        raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
+                        f"{what}; pass a shorter one")
+
+
 def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[RewardModel | None, Rewards]:
     """(the reward model, if its reward is asked for; the weighted sum of all rewards)."""
     judge = None
@@ -704,9 +740,6 @@ def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[Rewa
         judge, own = load_reward_model(settings.reward_model, env.device)
         check_same_tokenizer(own, tokenizer, f"the reward model {settings.reward_model}", settings)
         judge.requires_grad_(False).eval()
-        if judge.config.max_seq_len < settings.seq_len:
-            raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {judge.config.max_seq_len} of "
-                            f"the reward model {settings.reward_model}; pass a shorter one")
     scorer = None if judge is None else \
         lambda prompts, replies: normalised_scores(judge, prompts, replies, env)
     return judge, Rewards(settings.rewards, scorer, settings.bad_rewards)
@@ -734,6 +767,7 @@ def add_critic(cast: Cast, policy: Transformer, judge: RewardModel | None, setti
         name = settings.critic_from or settings.init_from
         trunk, own = open_model(name, env.device)
         check_same_tokenizer(own, cast.tokenizer, f"the critic {name}", settings)
+        check_length(settings, trunk, f"the critic {name}")
     critic = RewardModel.of(trunk)
     nn.init.zeros_(critic.score.weight)
     env.say(f"critic: a trunk of its own, that of {name}")

@@ -285,9 +285,13 @@ class Run:
             setattr(self, name, extra[name])
         if self.scaler and extra["scaler"]:
             self.scaler.load_state_dict(extra["scaler"])
-        put_back(self.model, self.optimizer, tensors)
+        self.put_back(tensors)
+
+    def put_back(self, found: dict[str, dict[str, Tensor]]):
+        """Copy this process's parts out of what `tensors` gave."""
+        put_back(self.model, self.optimizer, found)
         for name, pair in self.others.items():
-            put_back(*pair, {group: tensors[f"{name}_{group}"] for group in ("model", "optimizer")})
+            put_back(*pair, {group: found[f"{name}_{group}"] for group in ("model", "optimizer")})
 
 
 def put_back(model: nn.Module, optimizer, tensors: dict[str, dict[str, Tensor]]):

@@ -1,6 +1,7 @@
 """ppo.py and rollouts.py: the formulas by hand, what is scored is what was drawn, known optima, runs."""
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -627,6 +628,7 @@ MISTAKES = [
     (dict(spike=3), "--spike"),
     (dict(ramp_tokens=10, batch_start=8), "--batch_start"),
     (dict(kl_target=1, kl_coef=0), "--kl_target"),
+    (dict(kl_target=1, kl_horizon=8), "--kl_horizon 8"),
     (dict(kl_in="loss", kl_kind="k1"), "no gradient on average"),
     (dict(temperature=0), "temperature"),
     (dict(gamma=1.5), "gamma"),
@@ -702,6 +704,84 @@ def test_a_run_goes_on_only_with_what_it_began_with(place, tmp_path, command, ch
     assert command(arguments(place, tmp_path / "run", questions=0, steps=2))[0] == 0
     code, _, err = command(arguments(place, tmp_path / "run", questions=0, steps=2, **changes))
     assert code == 2 and "--overwrite" in err, err
+
+
+def test_a_model_that_cannot_read_so_far_is_refused_before_anything_is_written(place, tmp_path, command):
+    short, reader = model_for(max_seq_len=60), model_for(max_seq_len=48)
+    save_model(short, TOKENIZER, tmp_path / "short")
+    save_reward_model(RewardModel.of(reader), TOKENIZER, tmp_path / "reader")
+    for changes, words in [(dict(init_from=tmp_path / "short"), "max_seq_len 60"),
+                           (dict(critic_from=tmp_path / "short"), "the critic"),
+                           (dict(rewards="model", reward_model=tmp_path / "reader", seq_len=48), "the reward")]:
+        code, _, err = command(arguments(place, tmp_path / "run", **changes))
+        assert code == 2 and "exceeds max_seq_len" in err and words in err, err
+        assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("replies, processes", [(12, 1), (96, 1), (16, 2), (24, 2)])
+def test_equal_replies_are_a_collapse_however_many_there_are_and_wherever(replies, processes):
+    share = torch.full((1,), processes / replies).double().item()  # as outcome has it, in float32
+    line = {"entropy_nats_per_token": 2.0, "distinct": share, "replies": replies}
+    assert "equal" in ppo.collapsed(line, processes)
+    assert ppo.collapsed(line | {"distinct": 2 * share}, processes) is None
+    assert ppo.collapsed(line | {"distinct": 1.0, "replies": processes}, processes) is None, "one alone"
+
+
+def test_a_finished_run_can_be_asked_questions_afterwards(place, tmp_path, command):
+    assert command(arguments(place, tmp_path / "run", steps=1, questions=0))[0] == 0
+    code, out, err = command(arguments(place, tmp_path / "run", steps=1))
+    assert code == 0 and "KL from the start" in out, err
+
+
+@pytest.mark.parametrize("stop_kl", [0.0, 0.1])
+def test_a_ratio_beyond_all_numbers_is_no_end_of_the_run(place, tmp_path, command, monkeypatch, stop_kl):
+    original = ppo.ppo_loss
+
+    def spoiled(*args, **kwargs):
+        *found, figures = original(*args, **kwargs)
+        endless = torch.tensor(math.inf), torch.tensor(1)
+        return *found, figures | {"update_kl_nats_per_token": endless, "ratio": endless}
+    monkeypatch.setattr(ppo, "ppo_loss", spoiled)
+    code, _, err = command(arguments(place, tmp_path / "run", steps=1, questions=0, stop_kl=stop_kl))
+    assert code == 0, err
+    [line] = log_of(tmp_path / "run")
+    assert line["update_kl_nats_per_token"] is None and line["updates"] == (1 if stop_kl else 4)
+
+
+def test_with_a_shared_critic_a_state_is_a_language_model_and_the_run_goes_on_from_it(place, tmp_path, command,
+                                                                                   monkeypatch):
+    words = dict(critic="shared", questions=0, steps=3, save_every=1)
+    assert command(arguments(place, tmp_path / "whole", **words))[0] == 0
+    load_model(tmp_path / "whole" / "state" / "step_00000003")
+    original = ppo.reinforce
+
+    def stops(run, *args):
+        if run.step == 2:
+            raise KeyboardInterrupt
+        return original(run, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "reinforce", stops)
+        assert command(arguments(place, tmp_path / "cut", **words))[0] != 0
+    assert command(arguments(place, tmp_path / "cut", **words))[0] == 0
+    for name in ("model", "critic_head", "optimizer"):
+        whole, cut = (tmp_path / run / f"state/step_00000003/{name}.safetensors" for run in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes(), name
+
+
+@pytest.mark.parametrize("what", ["sft", "reward", "chat"])
+def test_a_run_does_not_go_on_with_another_reference_reward_model_or_answers(place, tmp_path, command, what):
+    shutil.copytree(place, tmp_path / "place")
+    words = arguments(tmp_path / "place", tmp_path / "run", rewards="model", questions=0, steps=1)
+    assert command(words)[0] == 0
+    if what == "chat":
+        path = tmp_path / "place" / "chat" / "train.jsonl"
+        path.write_text(path.read_text("utf-8").replace('"hat"', '"cat"'), "utf-8")
+    elif what == "sft":
+        save_model(model_for(0.4), TOKENIZER, tmp_path / "place" / "sft")
+    else:
+        save_reward_model(RewardModel.of(model_for(0.4)), TOKENIZER, tmp_path / "place" / "reward")
+    code, _, err = command(words)
+    assert code == 2 and "--overwrite" in err, "the rewards or the distance are now another's"
 
 
 # ---- several processes -------------------------------------------------------------------------------------

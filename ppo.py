@@ -681,6 +681,7 @@ def improve(settings: Settings, env: Env):
     if judge is not None:  # it reads the last token, too
         check_length(settings, judge, f"the reward model {settings.reward_model}",
                      min(settings.seq_len + 1, model.config.max_seq_len))
+    trunk = critic_trunk(model, tokenizer, judge, settings, env)
     reference = None if settings.lora_rank else dpo.frozen(copy.deepcopy(model), env)
     env.say(add_adapter(model, settings) if settings.lora_rank else
             f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -697,7 +698,8 @@ def improve(settings: Settings, env: Env):
             "reference": weights_of(settings.init_from),  # unlike in SFT, it is looked at in every step
             "judge": weights_of(settings.reward_model) if judge else None,
             "prompts": fingerprint(prompts.ids, prompts.questions)}
-        add_critic(cast, model, judge, settings, env)
+        add_critic(cast, model, trunk, settings, env)
+        del trunk  # the critic is a copy of it
         policy = parallelize(model.train(False), env)
         start = held_out(policy, cast, asked, numbers, settings, env) if numbers else {}
         run_ = PolicyRun(settings, policy, cast, env, identity)
@@ -751,7 +753,25 @@ def check_same_tokenizer(own: Tokenizer | None, tokenizer: Tokenizer, what: str,
                         f"than were drawn; choose one made from the same model")
 
 
-def add_critic(cast: Cast, policy: Transformer, judge: RewardModel | None, settings: Settings, env: Env):
+def critic_trunk(policy: Transformer, tokenizer: Tokenizer, judge: RewardModel | None, settings: Settings,
+                 env: Env) -> Transformer | RewardModel | None:
+    """The model that a critic of its own begins as, if there is one."""
+    if settings.baseline != "critic" or settings.critic == "shared":
+        return None
+    alike = judge is not None and judge.config == replace(policy.config, tie_embeddings=False)
+    if alike and not settings.critic_from:
+        trunk, name = judge, f"the reward model {settings.reward_model}"
+    else:
+        name = settings.critic_from or settings.init_from
+        trunk, own = open_model(name, env.device)
+        check_same_tokenizer(own, tokenizer, f"the critic {name}", settings)
+        check_length(settings, trunk, f"the critic {name}")
+    env.say(f"critic: a trunk of its own, that of {name}")
+    return trunk
+
+
+def add_critic(cast: Cast, policy: Transformer, trunk: Transformer | RewardModel | None, settings: Settings,
+               env: Env):
     """Give the cast its critic, whose head starts at zero [P2]; nothing where the baseline is another."""
     if settings.baseline != "critic":
         return
@@ -760,17 +780,8 @@ def add_critic(cast: Cast, policy: Transformer, judge: RewardModel | None, setti
         nn.init.zeros_(policy.score.weight)
         cast.head = policy.score
         return
-    alike = judge is not None and judge.config == replace(policy.config, tie_embeddings=False)
-    if alike and not settings.critic_from:
-        trunk, name = judge, f"the reward model {settings.reward_model}"
-    else:
-        name = settings.critic_from or settings.init_from
-        trunk, own = open_model(name, env.device)
-        check_same_tokenizer(own, cast.tokenizer, f"the critic {name}", settings)
-        check_length(settings, trunk, f"the critic {name}")
     critic = RewardModel.of(trunk)
     nn.init.zeros_(critic.score.weight)
-    env.say(f"critic: a trunk of its own, that of {name}")
     cast.critic = parallelize(critic.train(False).to(env.device), env)
 
 

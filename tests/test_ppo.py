@@ -727,6 +727,14 @@ def test_equal_replies_are_a_collapse_however_many_there_are_and_wherever(replie
     assert ppo.collapsed(line | {"distinct": 1.0, "replies": processes}, processes) is None, "one alone"
 
 
+def test_a_wrong_critic_is_told_before_overwrite_deletes(strangers, tmp_path, command):
+    words = arguments(strangers, tmp_path / "run", steps=1, questions=0)
+    assert command(words)[0] == 0
+    code, _, err = command([*words, "--overwrite", "--critic_from", str(strangers / "other")])
+    assert code == 2 and "another tokenizer" in err
+    assert (tmp_path / "run" / "model.safetensors").exists(), "the old run is gone, and there is no new one"
+
+
 def test_a_finished_run_can_be_asked_questions_afterwards(place, tmp_path, command):
     assert command(arguments(place, tmp_path / "run", steps=1, questions=0))[0] == 0
     code, out, err = command(arguments(place, tmp_path / "run", steps=1))

@@ -19,6 +19,7 @@ by its numbers: https://huggingface.co/blog/the_n_implementation_details_of_rlhf
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import sys
@@ -50,10 +51,10 @@ from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficien
                              policy_terms, summed, value_loss, value_terms, whiten)
 from rejection import in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
-from rewards import Reply, Rewards
+from rewards import Rewards
 from rollouts import Rollout, lay_out, read_replies, reply_values, roll_out
 from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
-from train import Loop, go_back, guarded, identity_of, is_multiple, update
+from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
 from watch import Log, peak_memory
 from work import fingerprint
 
@@ -125,15 +126,15 @@ class Settings(Loop, Adapter):
     lr: float = 4e-4  # peak learning rate of the matrices in blocks, annealed [G5]
     adam_lr: float = 4e-4  # of embedding, head and norms
     lora_lr: float = 1e-3  # adapters' peak learning rate, in place of --lr
-    warmup_steps: int = 3
-    weight_decay: float = 0.0
+    warmup_steps: int = 3  # the rate rises linearly over these
+    weight_decay: float = 0.0  # on matrices only; 0: the reference is what holds the weights
     save_every: int = 10  # steps between states
     eval_every: int = 10  # steps between answers to held-out prompts; 0: at the end only
     questions: int = 200  # held-out prompts; 0: none
     samples_every: int = 10  # steps between five samples in the log; 0: none
     bad_rewards: int = 20  # give up after so many rewards that fail or are no numbers
     micro_batch_size: int | None = None  # replies a process holds at once; none: its share of minibatch_size
-    spike: float = 0.0
+    spike: float = 0.0  # none: a policy's loss says nothing of how well it does
 
     free = {"questions", "samples_every", "prompts_at_once", "bad_rewards"}  # as train.FREE
 
@@ -212,10 +213,6 @@ class Cast:
     critic: nn.Module | None = None  # own trunk; a shared one is the policy's, with its head as policy.score
     head: nn.Module | None = None
 
-    @property
-    def has_critic(self) -> bool:
-        return self.critic is not None or self.head is not None
-
 
 class Prompts:
     """The prompts of a folder's split: .at(step) gives those of this process, an epoch without repeating."""
@@ -291,8 +288,7 @@ def reinforce(run: Run, cast: Cast, prompts: Prompts, settings: Settings, env: E
 
     # 1. Roll out: the policy as it is answers each prompt.
     numbers, began = prompts.at(batch), time.perf_counter()
-    bring_up_to_date(cast.sampler, run.model)
-    rollout = draw(cast, [prompts.ids[i] for i in numbers], settings, env, generator)
+    rollout = draw(run.model, cast, [prompts.ids[i] for i in numbers], settings, env, generator)
     drawn = time.perf_counter() - began
 
     # 2. Score: what the replies are worth; how likely they were; what the critic expected.
@@ -306,7 +302,7 @@ def reinforce(run: Run, cast: Cast, prompts: Prompts, settings: Settings, env: E
     rewards = token_rewards(scores, distance, mask, run.kl_coef if settings.kl_in == "reward" else 0.0)
     advantages, returns = advantages_of(rewards, old_values, mask, settings, env)
     line = outcome(rollout, scores, parts, old_logps, reference, old_values, returns, settings, env)
-    refuse_broken(line, env)
+    refuse_broken(line)
 
     # 4. Update: some passes over the replies.
     grids = old_logps, reference, advantages, old_values, returns
@@ -321,7 +317,10 @@ def reinforce(run: Run, cast: Cast, prompts: Prompts, settings: Settings, env: E
     return line
 
 
-def draw(cast: Cast, prompts: list[list[int]], settings: Settings, env: Env, generator) -> Rollout:
+def draw(policy: Transformer, cast: Cast, prompts: list[list[int]], settings: Settings, env: Env,
+         generator: torch.Generator) -> Rollout:
+    """Replies of the policy as it is now."""
+    bring_up_to_date(cast.sampler, policy)
     cast.sampler.eval()  # no dropout, here or in scoring or learning
     with env.autocast(), torch.compiler.set_stance("force_eager"):
         return roll_out(cast.sampler, prompts, cast.tokenizer, cast.stop_id, settings.samples,
@@ -333,9 +332,7 @@ def rewarded(cast: Cast, questions: Sequence[dict], rollout: Rollout, settings: 
              env: Env) -> tuple[Tensor, dict[str, Tensor]]:
     """((B,) rewards, {name: (B,) parts}); a reply that was cut off gets unended_reward, if given [P4]."""
     found = []
-    replies = [Reply(text, bool(ended), len(reply))
-               for text, ended, reply in zip(rollout.texts, rollout.ended, rollout.replies)]
-    env.each(lambda: found.extend(cast.rewards(questions, replies, (rollout.prompts, rollout.replies))))
+    env.each(lambda: found.extend(cast.rewards(questions, rollout.said, (rollout.prompts, rollout.replies))))
     scores, parts = found
     if settings.unended_reward is not None:
         scores = torch.where(rollout.ended, scores, settings.unended_reward)
@@ -414,21 +411,18 @@ def sums_over_data(env: Env, sums: Tensor) -> Tensor:
 def update_all(run: Run, cast: Cast, minibatches: list, grids: tuple, settings: Settings, env: Env) -> dict:
     """Learn from all minibatches, update_epochs times; returns the mean of their figures."""
     lr, figures = learning_rate(run.step, settings), []
-    rng, stopped = np.random.default_rng([settings.seed, run.step]), False
     policy_step = functools.partial(ppo_loss, settings=settings, kl_coef=run.kl_coef, head=cast.head)
-    for _ in range(settings.update_epochs):
-        for i in rng.permutation(len(minibatches)) if figures else range(len(minibatches)):
-            batches = [(*packed, *(grid[rows] for grid in grids)) for rows, packed in minibatches[i]]
-            report = update(run.model, run.optimizer, batches, policy_step, settings, env, lr, run.scaler)
-            found = report["figures"] | {"loss": report["loss"], "grad_norm": report["grad_norm"]}
-            if cast.critic is not None:
-                found |= update_critic(run, cast, batches, settings, env)
-            figures.append(found)
-            far = found["update_kl_nats_per_token"]  # None: not finite
-            stopped = bool(settings.stop_kl) and (far is None or far > settings.stop_kl)
-            if stopped:
-                break
-        if stopped:
+    rng, number = np.random.default_rng([settings.seed, run.step]), len(minibatches)
+    passes = [range(number), *(rng.permutation(number) for _ in range(1, settings.update_epochs))]
+    for i in itertools.chain(*passes):
+        batches = [(*packed, *(grid[rows] for grid in grids)) for rows, packed in minibatches[i]]
+        report = update(run.model, run.optimizer, batches, policy_step, settings, env, lr, run.scaler)
+        found = report["figures"] | {"loss": report["loss"], "grad_norm": report["grad_norm"]}
+        if cast.critic is not None:
+            found |= update_critic(run, cast, batches, settings, env)
+        figures.append(found)
+        far = found["update_kl_nats_per_token"]  # None: not finite
+        if settings.stop_kl and (far is None or far > settings.stop_kl):
             break
     seen = {name: [one[name] for one in figures if one[name] is not None] for name in figures[0]}
     means = {name: float(np.mean(some)) if some else None for name, some in seen.items()}
@@ -517,7 +511,7 @@ def outcome(rollout: Rollout, scores: Tensor, parts: dict[str, Tensor], logps: T
     return means
 
 
-def refuse_broken(line: dict, env: Env):
+def refuse_broken(line: dict):
     """Raise BadStep unless all figures, equal on every process, are finite."""
     for name in ("reward", "kl_nats_per_reply", "kl_k3_nats_per_reply"):
         if not math.isfinite(line[name]):
@@ -548,12 +542,13 @@ def held_out(policy: Transformer, cast: Cast, prompts: Prompts, numbers: Sequenc
     mine = list(numbers)[env.data_rank * share:(env.data_rank + 1) * share]
     alone = SimpleNamespace(**vars(settings) | {"samples": 1, "baseline": "batch", "unended_reward": None})
     generator = torch.Generator(env.device).manual_seed((settings.seed * 1_009 + env.data_rank) % 2 ** 63)
-    rollout = draw(cast, [prompts.ids[i] for i in mine], alone, env, generator)
+    rollout = draw(policy, cast, [prompts.ids[i] for i in mine], alone, env, generator)
     questions = [prompts.questions[i] for i in mine]
     scores, parts = rewarded(cast, questions, rollout, settings, env)
     rows = [list(range(i, min(i + 32, share))) for i in range(0, share, 32)]
     pieces = [[(some, lay_out(rollout, some, settings.seq_len)) for some in rows]]
-    logps, reference, _ = read_all(policy, replace_critic(cast), rollout, pieces, settings, env)
+    without = replace(cast, critic=None, head=None)  # nobody asks for values
+    logps, reference, _ = read_all(policy, without, rollout, pieces, settings, env)
     nothing = torch.zeros_like(logps)
     line = outcome(rollout, scores, parts, logps, reference, nothing, nothing, alone, env)
     return {f"val_{name}": value for name, value in line.items() if name != "distinct"}
@@ -609,7 +604,6 @@ def learn(run: PolicyRun, cast: Cast, prompts: Prompts, asked: Prompts, settings
                     continue
                 last, stopping = run.step == settings.steps, env.any(bool(stop))
                 if numbers and (last or is_multiple(run.step, settings.eval_every)):
-                    bring_up_to_date(cast.sampler, run.model)
                     line |= held_out(run.model, cast, asked, numbers, settings, env)
                 log.write(line)
                 progress.set_postfix_str(in_short(line), refresh=False)
@@ -618,10 +612,7 @@ def learn(run: PolicyRun, cast: Cast, prompts: Prompts, asked: Prompts, settings
                     run.save(log)
                 if stopping:
                     break
-        run.wait()
-        if run.step < settings.steps:
-            stop.exit(f"stopped after step {run.step} of {settings.steps}; the same command"
-                      f"{' without --overwrite' * settings.overwrite} goes on from there", env)
+        stop_unless_done(run, settings, stop, env)
     if cast.head is not None:
         del run.model.score  # what is saved is a language model
     save_whole(run.model, cast.tokenizer, run.folder, env)
@@ -705,7 +696,6 @@ def improve(settings: Settings, env: Env):
         run_ = PolicyRun(settings, policy, cast, env, identity)
         last = learn(run_, cast, prompts, asked, settings, env)
         if numbers and "val_reward" not in last:  # a finished run, which then was asked no questions
-            bring_up_to_date(cast.sampler, policy)
             last = last | held_out(policy, cast, asked, numbers, settings, env)
         env.first(lambda: compare(start, last, asked, numbers, rewards, settings, env), patient=True)
 
@@ -785,11 +775,6 @@ def add_critic(cast: Cast, policy: Transformer, trunk: Transformer | RewardModel
     cast.critic = parallelize(critic.train(False).to(env.device), env)
 
 
-def replace_critic(cast: Cast) -> Cast:
-    """The cast without a critic, where no values are asked for."""
-    return replace(cast, critic=None, head=None)
-
-
 def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rewards: Rewards,
             settings: Settings, env: Env):
     """Print how held-out prompts are answered before and after; write results.json and the pictures."""
@@ -848,9 +833,7 @@ def answered(folder, asked: Prompts, numbers: Sequence[int], rewards: Rewards, s
         rollout = roll_out(model.eval(), prompts, tokenizer, stop, samples, settings.max_new_tokens,
                            temperature, generator, 32, progress=True)
         questions = [asked.questions[i] for i in numbers for _ in range(samples)]
-        replies = [Reply(text, bool(ended), len(reply))
-                   for text, ended, reply in zip(rollout.texts, rollout.ended, rollout.replies)]
-        scores, parts = rewards(questions, replies, (rollout.prompts, rollout.replies))
+        scores, parts = rewards(questions, rollout.said, (rollout.prompts, rollout.replies))
         figures = {"reward": scores, **parts, "ended": rollout.ended.float(),
                    "length": rollout.lengths.float()}
         found |= {f"{how}: {name}": value.view(-1, samples).mean(dim=1).tolist()

@@ -25,6 +25,7 @@ from lora import effective_weight
 from model import Transformer
 from objectives import logps_of_hidden
 from rejection import sample_replies
+from rewards import Reply
 from sft import best_fit
 
 
@@ -37,6 +38,12 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.replies)
+
+    @property
+    def said(self) -> list[Reply]:
+        """The replies as rewards read them."""
+        return [Reply(text, bool(ended), len(reply))
+                for text, ended, reply in zip(self.texts, self.ended, self.replies)]
 
     @property
     def lengths(self) -> Tensor:

@@ -393,12 +393,17 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
                     run.save(log)
                 if stopping:
                     break
-        run.wait()
-        if run.step < settings.steps:
-            stop.exit(f"stopped after step {run.step} of {settings.steps}; the same command"
-                      f"{' without --overwrite' * settings.overwrite} goes on from there", env)
+        stop_unless_done(run, settings, stop, env)
     save_whole(run.model, tokenizer, run.folder, env)
     return log.last
+
+
+def stop_unless_done(run: Run, settings, stop: stop_signals, env):
+    """Wait for the last state to be on the disk; end the program where a signal came before the last step."""
+    run.wait()
+    if run.step < settings.steps:
+        stop.exit(f"stopped after step {run.step} of {settings.steps}; the same command"
+                  f"{' without --overwrite' * settings.overwrite} goes on from there", env)
 
 
 def begin(model, settings, env, tokenizer, corpus: dict) -> tuple[Run, Log]:

@@ -5,6 +5,7 @@ import random
 from itertools import combinations_with_replacement, islice
 
 import pytest
+import tokenizers
 import torch
 
 import arithmetic
@@ -80,7 +81,6 @@ def test_other_texts_come_back_as_they_were(text):
 
 
 def test_transformers_tokenizer_gives_the_same_ids(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     ours = tokenizer_for_sums()
     ours.save(tmp_path / "tokenizer.json")
     peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

@@ -597,8 +597,7 @@ def prefer(settings: Settings, env: Env) -> None:
     settings.steps = settings.steps or math.ceil(pairs_to_see / settings.batch_size)
     asked = rejection.questions(settings)
     rejection.question_ids(asked, model, tokenizer, settings)  # one without room for an answer is told of now
-    env.say(add_adapter(model, settings) if settings.lora_rank else
-            f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
+    env.say(add_adapter(model, settings))
     with contextlib.ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
         env.first(lambda: stack.enter_context(open_run_folder(settings)))

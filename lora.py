@@ -682,10 +682,12 @@ class Adapter:
 
 
 def add_adapter(model: Transformer, settings, token_ids: Sequence[int] = ()) -> str:
-    """Give the base of settings.init_from the adapter that the settings describe; returns a line about it.
+    """Give the base of settings.init_from the adapter that the settings describe, if any.
 
-    token_ids: tokens that the base does not know.
+    token_ids: tokens that the base does not know. Returns a line about what is trained.
     """
+    if not settings.lora_rank:
+        return f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters"
     generator = torch.Generator().manual_seed(settings.seed)
     add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.lora_dropout,
              settings.use_rslora, use_dora=settings.use_dora, token_ids=token_ids, generator=generator)

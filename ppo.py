@@ -674,8 +674,7 @@ def improve(settings: Settings, env: Env):
                      min(settings.seq_len + 1, model.config.max_seq_len))
     trunk = critic_trunk(model, tokenizer, judge, settings, env)
     reference = None if settings.lora_rank else dpo.frozen(copy.deepcopy(model), env)
-    env.say(add_adapter(model, settings) if settings.lora_rank else
-            f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
+    env.say(add_adapter(model, settings))
     with contextlib.ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
         env.first(lambda: stack.enter_context(open_run_folder(settings)))

@@ -402,9 +402,9 @@ def train_reward_model(settings: Settings, env: Env) -> None:
 def begin(base: Transformer, settings: Settings) -> tuple[RewardModel, str]:
     """(the model before its first step, a line that says what of it is trained)."""
     model = RewardModel.of(base, torch.Generator().manual_seed(settings.seed))
-    if not settings.lora_rank:
-        return model, f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters"
     line = add_adapter(model, settings)
+    if not settings.lora_rank:
+        return model, line
     base_of(model)["merge"] = False  # not as a language model's
     adapters_of(model)["default"] |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}  # peft's words
     model.score.requires_grad_()

@@ -83,6 +83,19 @@ def run_stage(script, words, processes=1):
     return [json.loads(line) for line in log.read_text("utf-8").splitlines()]
 
 
+def check_a_killed_run(script, words_for, folder):
+    """A run of two processes, twelve steps, that is killed goes on and ends in the bytes of one that is not.
+
+    words_for: what its command is, of its --out. Needs /proc.
+    """
+    run_stage(script, words_for(folder / "whole"), processes=2)
+    words = words_for(folder / "killed")
+    kill_in_the_middle(script, words, folder / "output")
+    assert [line["step"] for line in run_stage(script, words, processes=2)] == list(range(1, 13))
+    whole, killed = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed, "what was learnt before the kill, or from what it was after it, were others"
+
+
 def kill_in_the_middle(script, words, output, processes=2):
     """Start it, and kill -9 all its processes once there is a state of a step that ends in 4. Needs /proc."""
     command, environment = program(script, words, processes)

@@ -23,7 +23,7 @@ from lora import add_lora
 from objectives import token_logps
 from parallel import Env
 from preferences import Pair, encode_pairs
-from support import in_process, kill_in_the_middle, randn, random_ids, random_model, run_stage, seeded
+from support import check_a_killed_run, in_process, randn, random_ids, random_model, run_stage, seeded
 
 CPU = Env(torch.device("cpu"))
 TOKENIZER = with_chat_tokens(Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"]))  # 261 ids
@@ -702,12 +702,7 @@ def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
     common = dict(steps=12, save_every=2, questions=0, data_parallel="fsdp")
-    run_stage("dpo.py", arguments(place, tmp_path / "whole", **common), processes=2)
-    words = arguments(place, tmp_path / "killed", **common)
-    kill_in_the_middle("dpo.py", words, tmp_path / "output")
-    assert [line["step"] for line in run_stage("dpo.py", words, processes=2)] == list(range(1, 13))
-    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert whole == killed, "what was learnt before the kill, or the pairs after it, were others"
+    check_a_killed_run("dpo.py", lambda out: arguments(place, out, **common), tmp_path)
 
 
 # ---- when something is wrong -------------------------------------------------------------------------------

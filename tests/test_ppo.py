@@ -20,7 +20,7 @@ from ppo import (gae, group_advantages, kl_estimate, next_coefficient, policy_lo
 from reward_model import RewardModel, save_reward_model
 from rewards import Reward
 from rollouts import lay_out, read_replies, reply_values, roll_out
-from support import in_process, kill_in_the_middle, randn, random_model, run_stage, seeded
+from support import check_a_killed_run, in_process, randn, random_model, run_stage, seeded
 
 CPU = Env(torch.device("cpu"))
 TOKENIZER = with_chat_tokens(Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"]))  # 261 ids
@@ -824,9 +824,4 @@ def test_fsdp_gathers_the_weights_that_ddp_holds(place, tmp_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
     common = dict(steps=12, save_every=2, questions=0, data_parallel="fsdp", rewards="model")
-    run_stage("ppo.py", arguments(place, tmp_path / "whole", **common), processes=2)
-    words = arguments(place, tmp_path / "killed", **common)
-    kill_in_the_middle("ppo.py", words, tmp_path / "output")
-    assert [line["step"] for line in run_stage("ppo.py", words, processes=2)] == list(range(1, 13))
-    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert whole == killed, "what was drawn or learnt after the kill was another"
+    check_a_killed_run("ppo.py", lambda out: arguments(place, out, **common), tmp_path)

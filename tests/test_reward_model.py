@@ -24,7 +24,7 @@ from preferences import encode_pairs
 from reward_model import (Answers, RewardModel, calibration, histogram, judge, load_reward_model, pad_id,
                           pair_rewards, ranking_loss, read_at_end, reward_model_loss, save_reward_model,
                           scores_of)
-from support import (CLOSE, VARIANTS, in_process, kill_in_the_middle, randn, random_ids, random_model,
+from support import (CLOSE, VARIANTS, check_a_killed_run, in_process, randn, random_ids, random_model,
                      run_stage, seeded)
 
 CPU = Env(torch.device("cpu"))
@@ -569,12 +569,7 @@ def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
     common = dict(steps=12, save_every=2, data_parallel="fsdp")
-    run_stage("reward_model.py", arguments(place, tmp_path / "whole", **common), processes=2)
-    words = arguments(place, tmp_path / "killed", **common)
-    kill_in_the_middle("reward_model.py", words, tmp_path / "output")
-    assert [line["step"] for line in run_stage("reward_model.py", words, processes=2)] == list(range(1, 13))
-    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert whole == killed, "what was learnt before the kill, or the pairs after it, were others"
+    check_a_killed_run("reward_model.py", lambda out: arguments(place, out, **common), tmp_path)
 
 
 # ---- when something is wrong -------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from config import UserError
 from model import generate
 from parallel import Env
 from sft import Packed, answers, best_fit, examples_of, f1, reply_loss, score
-from support import in_process, kill_in_the_middle, random_model, run_stage, seeded
+from support import check_a_killed_run, in_process, random_model, run_stage, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
@@ -653,13 +653,7 @@ def test_two_processes_learn_what_one_does(base, tmp_path, layout):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(base, tmp_path):
     common = dict(steps=12, save_every=2, questions=2, data_parallel="fsdp")
-    run_stage("sft.py", arguments(base, tmp_path / "whole", **common), processes=2)
-    words = arguments(base, tmp_path / "killed", **common)
-    kill_in_the_middle("sft.py", words, tmp_path / "output")
-    log = run_stage("sft.py", words, processes=2)
-    assert [line["step"] for line in log] == list(range(1, 13))
-    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert whole == killed, "what was learnt before the kill, or the windows after it, were others"
+    check_a_killed_run("sft.py", lambda out: arguments(base, out, **common), tmp_path)
 
 
 # ---- when something is wrong -------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ class Settings(Loop, Adapter):
     temperature: float = 1.0  # of the replies, and of all log-probabilities [P1]
     max_new_tokens: int = 100  # of a reply
     prompts_at_once: int = 64  # prompts whose replies are drawn together
-    optimizer: Literal["muon", "adamw", "adafactor"] = "adamw"  # Muon's steps are of one size in all directions,
-        # and most of a policy gradient's are noise
+    optimizer: Literal["muon", "adamw", "adafactor"] = "adamw"  # Muon's steps are as long in all
+        # directions, and most of a policy gradient's are noise
     lr: float = 4e-4  # peak learning rate of the matrices in blocks, annealed [G5]
     adam_lr: float = 4e-4  # of embedding, head and norms
     lora_lr: float = 1e-3  # adapters' peak learning rate, in place of --lr

@@ -1,8 +1,8 @@
 """A reward model: of two answers to a prompt, which one would be chosen (Ouyang et al. 2022, section 3.5).
 
-    python reward_model.py                             # runs/sft + runs/pairs -> runs/reward: the chosen answer
-                                                       # of a held-out pair in 88 % of cases, 2 min on one core
-    python ppo.py --train_reward_model                 # the same command
+    python reward_model.py                     # runs/sft + runs/pairs -> runs/reward: the chosen answer of a
+                                               # held-out pair in 88 % of the cases, 2 min on one core
+    python ppo.py --train_reward_model         # the same command
     python reward_model.py --data pairs.jsonl --centre 0.01 --margin 1 --margin_from scores
 
 It is the language model with another head: one number in place of the logits, read at an answer's last token,

@@ -714,7 +714,8 @@ def test_a_model_that_cannot_read_so_far_is_refused_before_anything_is_written(p
     save_reward_model(RewardModel.of(reader), TOKENIZER, tmp_path / "reader")
     for changes, words in [(dict(init_from=tmp_path / "short"), "max_seq_len 60"),
                            (dict(critic_from=tmp_path / "short"), "the critic"),
-                           (dict(rewards="model", reward_model=tmp_path / "reader", seq_len=48), "the reward")]:
+                           (dict(rewards="model", reward_model=tmp_path / "reader", seq_len=48),
+                            "the reward")]:
         code, _, err = command(arguments(place, tmp_path / "run", **changes))
         assert code == 2 and "exceeds max_seq_len" in err and words in err, err
         assert not (tmp_path / "run" / "log.jsonl").exists()
@@ -758,8 +759,8 @@ def test_a_ratio_beyond_all_numbers_is_no_end_of_the_run(place, tmp_path, comman
     assert line["update_kl_nats_per_token"] is None and line["updates"] == (1 if stop_kl else 4)
 
 
-def test_with_a_shared_critic_a_state_is_a_language_model_and_the_run_goes_on_from_it(place, tmp_path, command,
-                                                                                   monkeypatch):
+def test_with_a_shared_critic_a_state_is_a_language_model_and_the_run_goes_on_from_it(place, tmp_path,
+                                                                                      command, monkeypatch):
     words = dict(critic="shared", questions=0, steps=3, save_every=1)
     assert command(arguments(place, tmp_path / "whole", **words))[0] == 0
     load_model(tmp_path / "whole" / "state" / "step_00000003")

@@ -66,7 +66,7 @@ class Batches:
 
     def in_order(self, step: int):
         """Return (inputs, targets) `step` in the order of the file; past its end all targets are -100."""
-        return self._stack(self.numbers(step))
+        return self.stack(self.numbers(step))
 
     def numbers(self, step: int) -> range:
         """The places of this rank's B sequences of a step in the endless row that all ranks share."""
@@ -74,9 +74,13 @@ class Batches:
         return range(first, first + self.batch_size)
 
     def rows(self, numbers: Iterable[int]):
-        """Return (inputs, targets) at these places of an endless row of epochs: each permutes all windows."""
+        """Return (inputs, targets) at these places of the endless row."""
+        return self.stack(self.at_places(numbers))
+
+    def at_places(self, numbers: Iterable[int]) -> list[int]:
+        """The windows at these places of an endless row of epochs: each permutes all windows."""
         places = (divmod(number, self.windows) for number in numbers)
-        return self._stack([self.order(epoch)[place] for epoch, place in places])
+        return [int(self.order(epoch)[place]) for epoch, place in places]
 
     def order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:  # that of one epoch is kept, 8 bytes a window
@@ -84,7 +88,8 @@ class Batches:
             self._epoch, self._order = epoch, generator.permutation(self.windows)
         return self._order
 
-    def _stack(self, windows: Sequence[int]):
+    def stack(self, windows: Sequence[int]):
+        """Return (inputs, targets) of these windows; past the last one there are no targets."""
         inputs = np.full((len(windows), self.seq_len), self.meta["end_of_text"], dtype=np.int64)  # (B, T)
         targets = np.full_like(inputs, IGNORE)                                                    # (B, T)
         for row, window in enumerate(windows):

@@ -186,7 +186,7 @@ class Pairs(Batches):
         self.window_tokens = total / len(self.pairs)  # for the log: tokens of a pair
         self._epoch, self._order = None, None
 
-    def _stack(self, windows: Sequence[int]):
+    def stack(self, windows: Sequence[int]):
         numbers = [int(i) for i in windows if i < self.windows]  # past an evaluation's end there are none
         sides = [side for i in numbers for side in self.sides(i)]
         packs = sft.best_fit([len(ids) - 1 for ids, _ in sides], self.seq_len) or [[]]

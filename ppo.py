@@ -33,7 +33,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import dpo
@@ -52,7 +51,8 @@ from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficien
 from rejection import in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Rewards
-from rollouts import Rollout, lay_out, read_replies, reply_values, roll_out
+from rollouts import (Rollout, bring_up_to_date, lay_out, read_replies, reply_values, roll_out,
+                      whole_copy)
 from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
 from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
 from watch import Log, peak_memory
@@ -247,25 +247,6 @@ class Prompts:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.ids))
         return int(self.order[place])
-
-
-def whole_copy(model: Transformer, env: Env) -> Transformer:
-    """What will draw replies: the model, or, made before it is cut, a whole copy on this process."""
-    if env.compute.data_parallel == "ddp":
-        return model
-    return copy.deepcopy(model).to(env.device).requires_grad_(False)
-
-
-@torch.no_grad()
-def bring_up_to_date(sampler: Transformer, policy: Transformer):
-    """Gather the policy's weights from all processes into the sampler, a tensor at a time."""
-    if sampler is policy:
-        return
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    for name, p in sampler.named_parameters():
-        if name in trained:
-            whole = trained[name]
-            p.copy_(whole.full_tensor() if isinstance(whole, DTensor) else whole)
 
 
 def normalised_scores(model: RewardModel, prompts: Sequence[list[int]], replies: Sequence[list[int]],

@@ -8,6 +8,7 @@ What stands beside each token of a reply (log-probability, value, reward, advant
 row b is reply b, column t its token t. That token's log-probability and value come from position
 prompt_len - 1 + t, where the model has read all before it and not yet itself.
 """
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from bpe import Tokenizer
 from lora import effective_weight
 from model import Transformer
 from objectives import logps_of_hidden
+from parallel import Env
 from rejection import sample_replies
 from rewards import Reply
 from sft import best_fit
@@ -76,6 +79,28 @@ def roll_out(policy: Transformer, prompts: Sequence[list[int]], tokenizer: Token
     flat = [reply for replies in found for reply in replies]
     return Rollout([prompt for prompt in prompts for _ in range(samples)], [reply["ids"] for reply in flat],
                    [reply["text"] for reply in flat], torch.tensor([reply["ended"] for reply in flat]))
+
+
+# ---- who draws ---------------------------------------------------------------------------------------------
+
+
+def whole_copy(model: Transformer, env: Env) -> Transformer:
+    """What will draw replies: the model, or, made before it is cut, a whole copy on this process."""
+    if env.compute.data_parallel == "ddp":
+        return model
+    return copy.deepcopy(model).to(env.device).requires_grad_(False)
+
+
+@torch.no_grad()
+def bring_up_to_date(sampler: Transformer, policy: Transformer):
+    """Gather the policy's weights from all processes into the sampler, a tensor at a time."""
+    if sampler is policy:
+        return
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    for name, p in sampler.named_parameters():
+        if name in trained:
+            whole = trained[name]
+            p.copy_(whole.full_tensor() if isinstance(whole, DTensor) else whole)
 
 
 # ---- in windows, for one pass ------------------------------------------------------------------------------

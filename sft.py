@@ -97,7 +97,7 @@ class Packed(Batches):
         self.padding = 1 - sum(len(ids) - 1 for ids, _ in examples) / (self.windows * seq_len)
         self._epoch, self._order = None, None
 
-    def _stack(self, windows: Sequence[int]):
+    def stack(self, windows: Sequence[int]):
         inputs = np.zeros((len(windows), self.seq_len), dtype=np.int64)  # (B, T)
         targets, documents = np.full_like(inputs, IGNORE), np.zeros_like(inputs)
         for row, window in enumerate(windows):
@@ -115,8 +115,8 @@ class Packed(Batches):
 class PlainText(Batches):
     """Batches whose windows are one document each: what stands beside Packed in a batch."""
 
-    def _stack(self, windows: Sequence[int]):
-        inputs, targets = super()._stack(windows)
+    def stack(self, windows: Sequence[int]):
+        inputs, targets = super().stack(windows)
         return inputs, targets, torch.zeros_like(inputs)
 
 

@@ -177,7 +177,12 @@ def saved_tensors(model: nn.Module) -> tuple[bool, dict[str, nn.Parameter]]:
     """
     if lora.adapters_of(model):
         return True, lora.trained_tensors(model)
-    return False, dict(model.named_parameters())
+    return False, {name: p for name, p in model.named_parameters() if not name.startswith("beside.")}
+
+
+def tensors_beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is learnt along with the model and is no part of it: in its `beside`, if it has one."""
+    return {name: p for name, p in model.named_parameters() if name.startswith("beside.")}
 
 
 class Run:
@@ -299,6 +304,9 @@ def put_back(model: nn.Module, optimizer, tensors: dict[str, dict[str, Tensor]])
     adapted, parameters = saved_tensors(model)
     for name, p in parameters.items():
         local_part(p).copy_(own_part(tensors["adapter_model" if adapted else "model"][name], p))
+    for name, p in tensors_beside(model).items():
+        local_part(p).copy_(own_part(tensors["beside"][name], p))
+    parameters = parameters | tensors_beside(model)
     optimizer.state.clear()
     for name, whole in tensors["optimizer"].items():
         name, _, key = name.rpartition(".")
@@ -308,10 +316,12 @@ def put_back(model: nn.Module, optimizer, tensors: dict[str, dict[str, Tensor]])
 def named_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
     """{"model": weights, "optimizer": moments}, by name; for adapters "adapter_model", as peft has it."""
     adapted, parameters = saved_tensors(model)
-    names = {p: name for name, p in parameters.items()}
+    beside = tensors_beside(model)
+    names = {p: name for name, p in (parameters | beside).items()}
     moments = {f"{names[p]}.{key}": value
                for p, state in optimizer.state.items() for key, value in state.items()}
-    return {"adapter_model" if adapted else "model": parameters, "optimizer": moments}
+    found = {"adapter_model" if adapted else "model": parameters, "optimizer": moments}
+    return found | ({"beside": beside} if beside else {})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,7 +373,7 @@ MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "to
 def open_run_folder(settings):
     """Make settings.out, or refuse it, and hold it alone. Only --overwrite deletes, and what a run writes."""
     folder = Path(settings.out)
-    for name in ("data", "init_from", "replay", "prompts_data", "reward_model", "critic_from"):
+    for name in ("data", "init_from", "replay", "prompts_data", "reward_model", "critic_from", "teacher", "stored"):
         other = getattr(settings, name, None)
         if other and folder.resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
             raise UserError(f"--out {folder} holds --{name} {other}; choose another --out")

@@ -360,7 +360,8 @@ def evaluate(model, batches: Batches, loss_fn, env) -> dict:
 # The loop
 
 
-def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, corpus=None) -> dict:
+def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validation=None, corpus=None,
+          held_out_loss=None) -> dict:
     """Train `model` in place for settings.steps updates, save it to settings.out; return the log's last line.
 
     batches: `.at(i)` gives the i-th micro-batch of this process.
@@ -368,6 +369,7 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
     validation: batches for `evaluate`, or several by name: {"": batches, "old_": others}.
     corpus: what else must be equal for a state in settings.out to be continued, beside the settings that are
     not FREE; a state of another run is refused.
+    held_out_loss: that of validation, where it is another than loss_fn.
     """
     env = env or setup(settings)
     validation = {"": validation} if validation and not isinstance(validation, dict) else validation
@@ -385,7 +387,7 @@ def train(model, batches, loss_fn, settings, env=None, tokenizer=None, validatio
                 profile.step()
                 last, stopping, asked = run.step == settings.steps, env.any(bool(stop)), env.any(stop.asked())
                 due = validation and (last or asked or is_multiple(run.step, settings.eval_every))
-                best = due and judge(line, run, validation, loss_fn, env)
+                best = due and judge(line, run, validation, held_out_loss or loss_fn, env)
                 log.write(line)
                 progress.set_postfix_str(describe(line), refresh=False)
                 progress.update()

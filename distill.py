@@ -1,0 +1,552 @@
+"""Distillation: a small student learns from what a large teacher says about each next token.
+
+    python distill.py                                    # runs/base teaches plain text to runs/student
+    python distill.py --teacher runs/sft --init_from runs/student --data runs/chat --out runs/student-sft
+    python distill.py --kd_weight 0 --out runs/alone     # the same student, the same steps, no teacher
+    python distill.py --compare runs/student-sft …       # answers of several, side by side
+
+The loop is pretraining's (train.py), and so are windows, layouts and states. Unlike pretraining:
+1. the loss is a divergence from the teacher's distribution, mixed with the cross-entropy (divergence.py);
+2. the teacher is asked live, or once, and its k likeliest tokens are stored (teachers.py);
+3. the student begins at random, as every other block of its teacher, pruned in width (students.py), or as any
+   model that has the teacher's tokenizer;
+4. with --on_policy some lessons are about what the student itself answers (GKD, Agarwal et al. 2023,
+   https://arxiv.org/abs/2306.13649), as that is what it will have to go on from.
+
+Without a look into the teacher, from its answers alone: answers.py, then sft.py.
+"""
+import contextlib
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rejection
+import sft
+from attention import Mask
+from batches import IGNORE, Batches, Wrapped
+from bpe import Tokenizer
+from chat import TEMPLATES
+from config import UserError, open_whole, parse, require, run, show
+from divergence import Divergence, Kind, TopK, linear_kd_loss
+from dpo import divergence as kl_from
+from dpo import frozen
+from lora import Adapter, add_adapter, base_of, effective_weight, load_base, open_model
+from matching import add_projection, attention_match, hidden_match, watched
+from model import Transformer
+from objectives import next_token_loss
+from parallel import Env
+from rejection import weights_of
+from rollouts import bring_up_to_date, lay_out, roll_out, whole_copy
+from students import check_smaller, layers_student, random_student, width_student
+from survive import open_run_folder, states
+from teachers import Stored, asked, check_same_tokens, open_teacher, store
+from train import Loop, bigram_start, evaluate, guarded, micro_batch, train
+from work import fingerprint
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. A lesson, and its loss
+
+
+@dataclass
+class Lesson:
+    """A micro-batch: inputs and targets (B, T), and what else a loss needs to know of it."""
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor | None = None  # as of sft.Packed; None: plain text
+    top: TopK | None = None  # what the teacher said about the targets; None: it is asked now
+    own: bool = False  # the targets are the student's own words: no truth to learn, only the teacher's view
+
+    def to(self, device, non_blocking: bool = False) -> "Lesson":
+        def moved(x):
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+        return Lesson(moved(self.inputs), moved(self.targets), moved(self.documents), moved(self.top), self.own)
+
+
+def lesson_loss(model: Transformer, batch: tuple[Lesson], teacher: Transformer | None,
+                settings) -> tuple[Tensor, Tensor, dict]:
+    """(sum in nats, how many targets, figures): see divergence.kd_loss; plus match_weight times the match."""
+    lesson, = batch
+    mask = None if lesson.documents is None else Mask(documents=lesson.documents)
+    valid, kd_weight = lesson.targets != IGNORE, 1.0 if lesson.own else settings.kd_weight
+    by_attention = settings.match == "attention"
+    with watched(model if by_attention else None, mask) as ours, \
+            watched(teacher if by_attention else None, mask) as theirs:
+        hidden = model.model(lesson.inputs, mask=mask)[valid]  # (B, T, C) -> (N, C)
+        source = lesson.top
+        if source is None and teacher is not None:
+            source = asked(teacher, lesson.inputs, mask, valid)
+    loss, kd, ce = linear_kd_loss(hidden, effective_weight(model.lm_head), source, lesson.targets[valid],
+                                  settings.divergence, kd_weight)
+    n = valid.sum()
+    figures = {"kd_nats_per_token": (kd, n * bool(kd_weight)),
+               "ce_nats_per_token": (ce, n * (kd_weight < 1))}
+    if settings.match:
+        match = attention_match(ours[0], theirs[0], valid) if by_attention else \
+            hidden_match(model.beside["projection"], hidden, source.hidden)
+        loss = loss + settings.match_weight * match
+        figures["match_per_token"] = match.detach(), n
+    return loss, n, figures
+
+
+def held_out_loss(model: Transformer, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The plain loss, nats a token, whatever is learnt from: what students and others are compared by."""
+    inputs, targets, *documents = batch
+    return next_token_loss(model, (inputs, targets, Mask(documents=documents[0]) if documents else None),
+                           sparse=bool(documents))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Lessons by step
+
+
+class Lessons(Wrapped):
+    """Batches as lessons; with `stored`, together with what the teacher said about them."""
+
+    def __init__(self, batches: Batches, stored: Stored | None = None):
+        super().__init__(batches)
+        self.stored = stored
+
+    def at(self, step: int) -> tuple[Lesson]:
+        windows = self.batches.at_places(self.batches.numbers(step))
+        lesson = Lesson(*self.batches.stack(windows))
+        lesson.top = self.stored.of(windows) if self.stored else None
+        return lesson,
+
+
+class OnPolicy(Wrapped):
+    """Lessons, a share of which have the student's own replies in place of the author's.
+
+    Agarwal et al. 2023, algorithm 1, whose lambda is `share`. Which steps these are, and what is drawn, are
+    functions of (seed, step, rank) and of the weights. The prompts are those of the windows that the step
+    would show; a conversation's last reply is drawn anew.
+    """
+
+    def __init__(self, lessons: Lessons, share: float, model: Transformer, sampler: Transformer,
+                 tokenizer: Tokenizer, stop_id: int, max_new_tokens: int, env: Env):
+        super().__init__(lessons)
+        self.share, self.model, self.sampler, self.env = share, model, sampler, env
+        self.tokenizer, self.stop_id, self.max_new_tokens = tokenizer, stop_id, max_new_tokens
+
+    def at(self, step: int) -> tuple[Lesson]:
+        seed = self.batches.seed
+        if np.random.default_rng([seed, step, 2]).random() >= self.share:  # the same on every process
+            return self.batches.at(step)
+        prompts = self.prompts(self.batches.at_places(self.batches.numbers(step)))
+        if not prompts:
+            return self.batches.at(step)
+        generator = torch.Generator(self.env.device).manual_seed(
+            ((seed * 1_000_003 + step) * 1_009 + self.env.data_rank) % 2 ** 63)
+        rollout = self.draw(prompts, generator)
+        inputs, targets, documents, *_ = lay_out(rollout, range(len(rollout)), self.batches.seq_len)
+        return Lesson(inputs, targets, documents, own=True),
+
+    def prompts(self, windows: Iterable[int]) -> list[list[int]]:
+        """The prompts of the conversations in these windows that leave room for a reply."""
+        found = []
+        for window in windows:
+            for ids, learnt in (self.batches.examples[i] for i in self.batches.packs[window]):
+                prompt = last_prompt(ids, learnt)
+                if len(prompt) + self.max_new_tokens <= self.batches.seq_len + 1:
+                    found.append(prompt)
+        return found
+
+    def draw(self, prompts: list[list[int]], generator: torch.Generator):
+        bring_up_to_date(self.sampler, self.model)
+        training = self.sampler.training
+        self.sampler.eval()  # no dropout
+        with self.env.autocast(), torch.compiler.set_stance("force_eager"):
+            rollout = roll_out(self.sampler, prompts, self.tokenizer, self.stop_id, 1, self.max_new_tokens,
+                               generator=generator, at_once=64)
+        self.sampler.train(training)
+        return rollout
+
+
+def last_prompt(ids: np.ndarray, learnt: np.ndarray) -> list[int]:
+    """All of a conversation before its last run of learnt tokens."""
+    end = int(np.flatnonzero(learnt)[-1])
+    before = np.flatnonzero(~learnt[:end])
+    return ids[:int(before[-1]) + 1].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The command
+
+
+BY_DATA = {  # what the settings without a value are, by the kind of data
+    "text": dict(seq_len=128, steps=600, lr=0.04, adam_lr=8e-3, bigram_steps=50),
+    "conversations": dict(seq_len=256, steps=None, lr=0.015, adam_lr=3e-3, bigram_steps=0)}
+
+
+@dataclass
+class Settings(Loop, Adapter):
+    teacher: str = "runs/base"  # folder of the teacher, ours or any of the Llama or Qwen kind
+    data: str = "runs/data"  # what is learnt from: token shards (data.py), or conversations, as of sft.py
+    out: str = "runs/student"  # run folder; an unfinished run goes on
+    overwrite: bool = False  # delete what is in `out` and start anew
+    compare: tuple[str, ...] = ()  # train nothing; have these folders answer the held-out questions
+
+    init_from: str | None = None  # folder of the student; none: it is made, as the next says
+    student: Literal["random", "layers", "width"] = "random"  # with random weights; as every other block of
+        # the teacher; as the teacher, pruned in width
+    dim: int | None = None  # the student's width; none: half of the teacher's (layers: all)
+    n_layers: int | None = None  # its blocks; none: the teacher's (layers: half)
+    n_heads: int | None = None  # its query heads; none: the teacher's, half as wide (width: half of them)
+    ffn_dim: int | None = None  # inside its MLP; none: 8/3 of dim in steps of 64 (width: half)
+    tie_embeddings: bool = True  # random: one matrix for embedding and head, which are most of a small model
+
+    kind: Kind = "forward"  # the divergence: see divergence.py
+    beta: float = 0.5  # jsd: the teacher's share of the mixture; 0 is forward, 1 reverse
+    skew: float = 0.1  # skew_…: the share of the other in the mixture
+    temperature: float = 1.0  # of both distributions
+    kd_weight: float = 0.5  # of the divergence; the rest is the cross-entropy's; 0: no teacher at all
+    top_k: int = 0  # store the teacher's so many likeliest tokens, and ask it no more; 0: ask it live
+    stored: str | None = None  # where these lie; none: beside the data
+    match: Literal["hidden", "attention"] | None = None  # also match the last hidden states, through a
+        # learnt projection, or the last block's attention
+    match_weight: float = 1.0  # of that
+    on_policy: float = 0.0  # share of the steps that are about the student's own replies (GKD's lambda)
+    max_new_tokens: int = 100  # of such a reply, and of sampled answers
+
+    on_bad_line: Literal["stop", "skip"] = "stop"  # a line that is no conversation: stop, or skip and count
+    val_share: float = 0.05  # of a single file of conversations, held out
+    template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
+    rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = "yarn"  # the rule by which a
+        # student reads further than its max_seq_len, where seq_len is longer; none: it shall not
+    epochs: float = 1.75  # conversations: how often each is seen
+    steps: int | None = None  # updates; none: 600 of plain text, of conversations as many as epochs take
+    seq_len: int | None = None  # tokens a window; none: 128 of plain text, 256 of conversations
+    lr: float | None = None  # peak learning rate of the matrices in blocks; none: 0.04, 0.015
+    adam_lr: float | None = None  # of embedding, head and norms; none: 8e-3, 3e-3
+    bigram_steps: int | None = None  # plain text: steps that first fit a random student to the counted
+                                     # bigrams; none: 50
+    eval_stride: int | None = None  # plain text: tokens between evaluated windows; none: half of seq_len
+    questions: int = 200  # held-out questions to answer in the end; 0: none
+    repetition_penalty: float = 1.15  # of the greedy answers, as in sft.py
+    samples_of_questions: int = 4  # answers at temperature 1 to each, beside the greedy one
+
+    free = {"compare", "val_share", "on_bad_line", "questions", "repetition_penalty", "samples_of_questions",
+            "stored", "teacher"}  # as train.FREE
+
+    def __post_init__(self):
+        for name, value in BY_DATA[self.kind_of_data].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.eval_stride = self.eval_stride or max(1, self.seq_len // 2)
+        require(self, kd_weight=(0, 1), top_k=(0, None), match_weight=(0, 1e6), on_policy=(0, 1),
+                max_new_tokens=(1, None), val_share=(0.001, 0.5), epochs=(0.001, 1000), questions=(0, None),
+                repetition_penalty=(1, 1000), samples_of_questions=(0, None), bigram_steps=(0, None),
+                eval_stride=(1, self.seq_len), dim=(2, None), n_layers=(1, None), n_heads=(1, None),
+                ffn_dim=(1, None))
+        self.divergence.check()
+        steps, self.steps = self.steps, self.steps or 1  # conversations: it is not known yet
+        self.check_loop()
+        self.steps = steps
+        self.check_adapter()
+        self.check_student()
+        self.check_useless()
+
+    @property
+    def kind_of_data(self) -> str:
+        """Token shards have a meta.json; all else is conversations."""
+        return "text" if (Path(self.data) / "meta.json").exists() or self.data == "runs/data" else \
+            "conversations"
+
+    @property
+    def divergence(self) -> Divergence:
+        return Divergence(self.kind, self.beta, self.skew, self.temperature)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kd_weight > 0 or self.match is not None or self.on_policy > 0
+
+    def check_student(self):
+        """Raise UserError where what a student is to be like is asked of one that is there already."""
+        shape = ("dim", "n_layers", "n_heads", "ffn_dim")
+        if self.init_from:
+            self.refuse((*shape, "student", "tie_embeddings"), f"is for a student that is made, and "
+                        f"--init_from {self.init_from} is one")
+            self.bigram_steps = 0
+        elif self.lora_rank:
+            raise UserError(f"--lora_rank {self.lora_rank}: adapters need a student that knows something; "
+                            f"name one with --init_from, or pass --lora_rank 0")
+        if self.student != "random":
+            self.refuse(("tie_embeddings",), f"is for --student random; {self.student} is tied as its teacher")
+            self.bigram_steps = 0
+        if self.student == "layers":
+            self.refuse(("dim", "n_heads", "ffn_dim"), "is the teacher's, with --student layers")
+
+    def check_useless(self):
+        """Raise UserError where things are asked for that do not go together, or would do nothing."""
+        if self.tensor_parallel > 1:
+            raise UserError(f"--tensor_parallel {self.tensor_parallel}: a distribution is compared whole; pass "
+                            f"--data_parallel fsdp")
+        if self.on_policy and self.kind_of_data == "text":
+            raise UserError(f"--on_policy {self.on_policy} is about replies, and {self.data} is plain text; "
+                            f"name conversations with --data")
+        for name, value in (("on_policy", self.on_policy), ("match", self.match)):
+            if value and self.top_k:
+                raise UserError(f"--{name} {value} asks the teacher live, and --top_k {self.top_k} does not; "
+                                f"leave one of them out")
+        if self.stored and not self.top_k:
+            raise UserError(f"--stored {self.stored} is of use with --top_k 64, say")
+        if not self.needs_teacher:
+            self.refuse(("kind", "beta", "skew", "temperature", "top_k"),
+                        "does nothing with --kd_weight 0: there is no teacher")
+        if self.match == "attention" and (self.compile or self.data_parallel != "ddp"):
+            raise UserError("--match attention looks into a block while it runs; leave out --compile and "
+                            "--data_parallel")
+        if self.match == "attention" and self.compile is None:
+            self.compile = False
+
+    def refuse(self, names: Sequence[str], why: str):
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name} {getattr(self, name)} {why}; leave it out")
+
+
+def main():
+    settings = parse(Settings)
+    guarded(settings, compare if settings.compare else distil)
+
+
+def distil(settings: Settings, env: Env) -> None:
+    """The stage on one process: refuse what is wrong, make what is missing, train, compare."""
+    text = settings.kind_of_data == "text"
+    teacher, teachers_tokenizer = open_teacher(settings.teacher)
+    model, tokenizer = make_student(settings, teacher, teachers_tokenizer, env)
+    check_same_tokens(teachers_tokenizer, tokenizer, settings.teacher)
+    for folder, reader in ((settings.teacher, teacher), ("the student", model)):
+        if settings.seq_len > reader.config.max_seq_len:
+            raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {reader.config.max_seq_len} of "
+                            f"{folder}; pass a shorter --seq_len")
+    batches, val, asked_of = open_text(settings, tokenizer, env) if text else \
+        open_conversations(settings, tokenizer, env)
+    if settings.steps is None:
+        settings.steps = math.ceil(batches.windows * settings.epochs / settings.batch_size)
+    if settings.match == "hidden":
+        add_projection(model, teacher.config.dim, settings.seed)
+    env.say(add_adapter(model, settings) if settings.lora_rank else
+            f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
+    with contextlib.ExitStack() as stack:
+        # last of all that can refuse: --overwrite deletes here
+        env.first(lambda: stack.enter_context(open_run_folder(settings)))
+        if env.rank == 0:
+            show(settings)
+        learn(settings, model, tokenizer, teacher, batches, val, asked_of, env)
+
+
+def learn(settings: Settings, model: Transformer, tokenizer: Tokenizer, teacher: Transformer, batches,
+          val, questions: list[dict], env: Env) -> None:
+    """Store the teacher's answers, or have it stand by; train; print what has been learnt."""
+    identity = {"teacher_weights": weights_of(settings.teacher) if settings.needs_teacher else None,
+                "content": content_of(batches), "student_weights": fingerprint_of_start(settings),
+                "base": base_of(model).get("sha256")}
+    lessons, live = batches, None
+    teacher.to(env.device)
+    figures = {"teacher": evaluate(teacher, val, held_out_loss, env)} if settings.needs_teacher else {}
+    if settings.top_k:
+        lessons = Lessons(batches, stored_answers(settings, teacher, batches, identity, env))
+    else:
+        lessons = Lessons(batches)
+        live = frozen(teacher, env) if settings.needs_teacher else None
+    model.to(env.device)
+    if settings.bigram_steps and not states(Path(settings.out) / "state"):
+        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps), patient=True)
+    figures["before"] = evaluate(model, val, held_out_loss, env)
+    if settings.on_policy:
+        stop_id = tokenizer.special_tokens[TEMPLATES[settings.template].end]
+        lessons = OnPolicy(lessons, settings.on_policy, model, whole_copy(model, env), tokenizer, stop_id,
+                           settings.max_new_tokens, env)
+    loss_fn = functools.partial(lesson_loss, teacher=live, settings=settings)
+    last = train(model, lessons, loss_fn, settings, env, tokenizer, val, identity, held_out_loss)
+    env.first(lambda: report(settings, figures, last, questions, env), patient=True)
+
+
+def make_student(settings: Settings, teacher: Transformer, tokenizer: Tokenizer,
+                 env: Env) -> tuple[Transformer, Tokenizer]:
+    """The student and its tokenizer: read, or made of the teacher."""
+    if settings.init_from:
+        if not Path(settings.init_from).is_dir():
+            raise UserError(f"there is no folder {settings.init_from} with a student; python distill.py makes "
+                            f"runs/student, or leave --init_from out")
+        model, own = load_base(settings.init_from, settings.quantize)
+        if own is None:
+            raise UserError(f"{settings.init_from} has no tokenizer.json that can be read; copy it there")
+        if settings.kind_of_data == "conversations":
+            model, own = sft.with_template(model, own, TEMPLATES[settings.template], env)
+            model.config = model.model.config = sft.reading_further(model.config, settings, env)
+    else:
+        model, own = made_student(settings, teacher), tokenizer
+    warning = check_smaller(model.config, teacher.config)
+    if warning:
+        env.say(warning)
+    return model, own
+
+
+def made_student(settings: Settings, teacher: Transformer) -> Transformer:
+    """A student of the size that the settings ask for, or half of the teacher's."""
+    was = teacher.config
+    if settings.student == "layers":
+        return layers_student(teacher, settings.n_layers or max(1, was.n_layers // 2))
+    dim, n_layers = settings.dim or was.dim // 2, settings.n_layers or was.n_layers
+    if settings.student == "random":
+        n_heads = settings.n_heads or was.n_heads
+        n_kv_heads = max(1, n_heads * was.n_kv_heads // was.n_heads)
+        return random_student(was, settings.seed, dim, n_layers, n_heads, n_kv_heads, settings.ffn_dim,
+                              settings.tie_embeddings)
+    ids = calibration(settings)
+    n_heads = settings.n_heads or max(was.n_heads // was.n_kv_heads, was.n_heads // 2)
+    return width_student(teacher, ids, dim, n_heads, settings.ffn_dim or was.ffn_dim // 2, n_layers)
+
+
+def calibration(settings: Settings, windows: int = 64) -> Tensor:
+    """(B, T) ids of training text, by which width pruning sees what is of use."""
+    if settings.kind_of_data != "text":
+        raise UserError(f"--student width looks at plain text, and {settings.data} is none; begin with "
+                        f"--data runs/data, then pass its --out as --init_from")
+    return Batches(settings.data, "train", windows, settings.seq_len, settings.seed, verify=False).at(0)[0]
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+
+def open_text(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[Batches, Batches, list]:
+    """(batches, held-out batches, no questions) of token shards."""
+    place = {"rank": env.data_rank, "world_size": env.data_world_size, "verify": env.rank == 0}
+    size = (micro_batch(settings, env), settings.seq_len)
+    batches = Batches(settings.data, "train", *size, settings.seed, **place)
+    if batches.meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"the shards in {settings.data} were made with another tokenizer than that of teacher "
+                        f"and student; make them anew: python data.py --tokenizer {settings.teacher} --out "
+                        f"{settings.data} --overwrite, with the --input of then")
+    return batches, Batches(settings.data, "val", *size, stride=settings.eval_stride, **place), []
+
+
+def open_conversations(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple:
+    """(batches, held-out batches, questions to answer) of conversations, as sft.py has them."""
+    missing = [token for token in TEMPLATES[settings.template].special if token not in tokenizer.special_tokens]
+    if missing:
+        raise UserError(f"teacher and student do not know {' '.join(missing)} of the template "
+                        f"{settings.template}; a teacher that does is what sft.py makes: --teacher runs/sft")
+    place, packed = {"rank": env.data_rank, "world_size": env.data_world_size}, {}
+    kept = {}
+    for split, conversations in sft.read_splits(settings, env).items():
+        kept[split], examples = sft.examples_of(conversations, tokenizer, TEMPLATES[settings.template],
+                                                settings.seq_len, say=env.say)
+        packed[split] = sft.Packed(examples, micro_batch(settings, env), settings.seq_len, settings.seed, **place)
+        env.say(f"{split}: {len(examples):,} conversations in {packed[split].windows:,} windows of "
+                f"{settings.seq_len} tokens, {packed[split].padding:.1%} padding")
+    return packed["train"], packed["val"], sft.spread(kept["val"], settings.questions)
+
+
+def content_of(batches) -> str:
+    """Stands for the tokens that are learnt from."""
+    if hasattr(batches, "meta"):
+        return batches.meta["train"]["sha256"]
+    return fingerprint([[ids.tolist(), mask.tolist()] for ids, mask in batches.examples])
+
+
+def fingerprint_of_start(settings: Settings) -> str | None:
+    return weights_of(settings.init_from) if settings.init_from else None
+
+
+def stored_answers(settings: Settings, teacher: Transformer, batches: Batches, identity: dict,
+                   env: Env) -> Stored:
+    """The folder of the teacher's answers about all windows of this run; made if missing."""
+    places = settings.steps * settings.batch_size
+    windows = np.unique(batches.at_places(range(min(places, batches.windows))))
+    if places > batches.windows:
+        windows = np.arange(batches.windows)
+    known = {"teacher": identity["teacher_weights"], "data": identity["content"], "k": settings.top_k,
+             "temperature": settings.temperature, "seq_len": settings.seq_len, "precision": env.precision}
+    name = f"teacher-{fingerprint(known, windows.tolist())[:8]}"
+    data = Path(settings.data)
+    folder = Path(settings.stored) if settings.stored else data / name if data.is_dir() else \
+        data.with_name(f"{data.name}.{name}")
+    if not env.any((folder / "meta.json").exists(), patient=True):
+        store(teacher, batches, windows, settings.top_k, settings.temperature, folder, known, env)
+    else:
+        env.say(f"the teacher's answers: {folder}")
+    return Stored(folder, known, windows, verify=env.rank == 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. What has been learnt
+
+
+def report(settings: Settings, figures: dict, last: dict, questions: list[dict], env: Env):
+    """Print the held-out loss of teacher and student, before and after, and what the student answers."""
+    figures["after"] = {"loss": last["val_loss_nats_per_token"],
+                        "bits_per_byte": last.get("val_bits_per_byte")}
+    for name, found in figures.items():
+        in_bits = found.get("bits_per_byte")
+        print(f"{name:<12}{found['loss']:>9.4f} nats a token" + f"{in_bits:>9.4f} bits per byte" * bool(in_bits)
+              if in_bits else f"{name:<12}{found['loss']:>9.4f} nats a token of replies")
+    results = {"held out": {name: {k: v for k, v in found.items()} for name, found in figures.items()}}
+    if questions:
+        results["answers"] = answer(settings, settings.out, questions, env)
+        print_table({settings.out: results["answers"]})
+    with open_whole(Path(settings.out) / "results.json", "w") as file:
+        json.dump(results, file, indent=1)
+    log = Path(settings.out, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    print(f"{'-' * 80}\n{sum(json.loads(line)['seconds'] for line in log):.0f} s in steps, peak memory "
+          f"{last.get('memory_gib', math.nan):.3f} GiB\nmodel: {settings.out}")
+
+
+def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> dict[str, float]:
+    """What a model's answers to held-out questions are like, each figure a mean.
+
+    distinct: pairs of neighbouring words that are different, as a share of all in the samples (Li et al.
+    2016, distinct-2). from the teacher: KL(student | teacher) in nats an answer, from the student's samples.
+    """
+    model, tokenizer = open_model(folder, env.device)
+    found = rejection.measure(model, tokenizer, questions, settings)
+    means = {name: float(np.mean(values)) for name, values in rejection.qualities(questions, found).items()}
+    if found["sampled"]:
+        samples = [sample for some in found["sampled"] for sample in some]
+        tokens = sum(len(sample["ids"]) for sample in samples)
+        means["sampled: distinct pairs of words"] = distinct([sample["text"] for sample in samples])
+        means["sampled: entropy, nats a token"] = -sum(sample["logp"] for sample in samples) / tokens
+        means["sampled: tokens"] = tokens / len(samples)
+        teacher, _ = open_teacher(settings.teacher, tokenizer, env.device)
+        means["sampled: KL from the teacher, nats"] = kl_from(found["sampled"], teacher, env.device)[0]
+    return means
+
+
+def distinct(texts: Sequence[str]) -> float:
+    """Different pairs of neighbouring words over all such pairs, 0 to 1. By hand: "a b a b" has 2 of 3."""
+    pairs = Counter(pair for text in texts for words in [text.split()] for pair in zip(words, words[1:]))
+    return len(pairs) / max(1, pairs.total())
+
+
+def print_table(by_folder: dict[str, dict[str, float]]):
+    names = next(iter(by_folder.values()))
+    print(f"{'':<44}" + "".join(f"{Path(folder).name[-14:]:>16}" for folder in by_folder))
+    for name in names:
+        print(f"{name:<44}" + "".join(f"{means.get(name, math.nan):>16.4f}" for means in by_folder.values()))
+
+
+def compare(settings: Settings, env: Env):
+    """python distill.py --compare A B: loss on held-out replies, and answers, side by side."""
+    found = {}
+    for folder in settings.compare:
+        model, tokenizer = open_model(folder, env.device)
+        if tokenizer is None:
+            raise UserError(f"{folder} has no tokenizer.json that can be read")
+        _, val, questions = open_conversations(settings, tokenizer, env)
+        loss = evaluate(model, val, held_out_loss, env)["loss"]
+        found[folder] = {"loss on replies, nats a token": loss} | answer(settings, folder, questions, env)
+    print_table(found)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -6,6 +6,7 @@
     python bench.py bpe                   # tokenizers trained and texts encoded; some minutes
     python bench.py lora                  # adapters beside peft's; peaks of full, LoRA and QLoRA training
     python bench.py dpo                   # a step on preferences beside TRL's, its memory; three minutes
+    python bench.py distill               # a step of distillation beside TRL's GKD, its memory; two minutes
     python bench.py rollouts              # replies drawn for reinforcement, beside transformers'; two minutes
     python bench.py dedup                 # near-duplicates beside datasketch, repeated passages; a minute
     python bench.py scale                 # near-duplicates among a million documents; some minutes
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import bench_bpe
+import distill
 import dpo
 import train
 from bench_bpe import resident_peak
@@ -43,6 +45,7 @@ from bpe import Tokenizer
 from checkpoint import load_model, save_model
 from config import UserError, open_whole, parse, require, run
 from dedup import curve_line, near_duplicates
+from divergence import TopK, kd_loss
 from generation import Packed
 from lora import add_lora, merge_lora, quantize_model, remove_lora
 from model import ModelConfig, Transformer, count_parameters, estimate_flops, estimate_memory, generate
@@ -56,8 +59,8 @@ from survive import local_part
 
 @dataclass
 class Settings:
-    only: tuple[Literal["training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "rollouts", "dedup",
-                        "scale", "memory", "gpu", "held"], ...] = ("training", "loss", "sharding",
+    only: tuple[Literal["training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "distill",
+                        "rollouts", "dedup", "scale", "memory", "gpu", "held"], ...] = ("training", "loss", "sharding",
                                                           "decoding")  # what to measure
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
@@ -89,7 +92,7 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "rollouts": rollouts,
+                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "distill": distillation, "rollouts": rollouts,
                 "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu, "held": held_bytes}
     figures = {}
     for name in settings.only:
@@ -520,6 +523,103 @@ def padded_pairs(pairs: list) -> dict[str, torch.Tensor]:
 def dpo_peak(who: str, reference: str, size: str) -> int:
     """The most memory that two steps take above what stood before them: weights and moments not counted."""
     step = dpo_step(who, reference, size)
+    step()
+    gc.collect()
+    before = resident_peak("VmRSS")
+    step()
+    return resident_peak() - before
+
+
+# ---- a step of distillation, beside TRL's -------------------------------------------------------------------
+
+KD_TOKENS = (16, 128)  # windows, tokens a window
+KD_SIZES = {  # of student and teacher
+    "small": (dict(vocab_size=4096, dim=64, n_layers=4, n_heads=2, tie_embeddings=True),
+              dict(vocab_size=4096, dim=128, n_layers=4, n_heads=2)),
+    "wide": (dict(vocab_size=32768, dim=128, n_layers=4, n_heads=4, tie_embeddings=True),
+             dict(vocab_size=32768, dim=256, n_layers=4, n_heads=4))}
+
+
+def distillation(rounds: int):
+    """Time and memory of a step on a teacher's logits, beside TRL's GKD trainer: same shapes, fp32, AdamW."""
+    for size, (student, teacher) in KD_SIZES.items():
+        sides = {f"{who} {kind}": kd_step(who, kind, size)
+                 for kind in ("forward", "jsd") for who in ("TRL", "plain", "ours")}
+        sides |= {"ours alone": kd_step("ours", "alone", size), "ours top-64": kd_step("ours", "top-64", size)}
+        seconds = alternate(rounds, **sides)
+        own, whole = (count_parameters(ModelConfig(**shape)) for shape in (student, teacher))
+        print(f"a step of distillation, {own:,} parameters from {whole:,}, {KD_TOKENS[0]} x {KD_TOKENS[1]} "
+              f"tokens, V = {student['vocab_size']:,}, fp32, {torch.get_num_threads()} threads")
+        for name, value in seconds.items():
+            peak = in_a_fresh_process(f"print(bench.kd_peak(*{name.split()!r}, {size!r}))",
+                                      MALLOC_MMAP_THRESHOLD_="65536")
+            beside = seconds.get(f"TRL {name.split()[1]}")
+            speed = f"{beside / value:>7.2f} x TRL's speed" if beside else " " * 21
+            print(f"  {name:<14}{value * 1e3:>9.1f} ms{speed}, {peak / 2 ** 20:,.0f} MiB above the start",
+                  flush=True)
+
+
+def kd_step(who: str, kind: str, size: str):
+    """A function that makes one step. who: ours, ours with all logits at once (plain), or TRL; kind: forward,
+    jsd, from stored top-64, or the student alone, without a teacher."""
+    student, teacher = (ModelConfig(**shape, max_seq_len=KD_TOKENS[1]) for shape in KD_SIZES[size])
+    torch.manual_seed(0)
+    ids = torch.randint(student.vocab_size, (KD_TOKENS[0], KD_TOKENS[1] + 1))
+    if who == "TRL":
+        return kd_peer_step(student, teacher, ids, kind)
+    weight = 0.0 if kind == "alone" else 1.0
+    settings = distill.Settings(optimizer="adamw", data="runs/data", kd_weight=weight,
+                                kind="jsd" if kind == "jsd" else "forward")
+    model, knows = Transformer(student).train(), Transformer(teacher).requires_grad_(False).eval()
+    lesson = distill.Lesson(ids[:, :-1], ids[:, 1:])
+    if kind == "top-64":
+        lesson.top, knows = random_top(lesson.targets.numel(), teacher.vocab_size), None
+    loss = functools.partial(distill.lesson_loss, teacher=knows if weight else None, settings=settings)
+    if who == "plain":
+        loss = functools.partial(plain_kd_loss, teacher=knows, settings=settings)
+    optimizer, env = train.make_optimizer(model, settings), Env(torch.device("cpu"))
+    return lambda: train.update(model, optimizer, [(lesson,)], loss, settings, env, 1e-4)
+
+
+def plain_kd_loss(model: Transformer, batch: tuple, teacher: Transformer, settings) -> tuple:
+    """The same loss with all logits at once, the student's and the teacher's."""
+    lesson, = batch
+    with torch.no_grad():
+        logits = teacher(lesson.inputs)
+    return kd_loss(model(lesson.inputs), logits, lesson.targets, settings.temperature, settings.kind,
+                   kd_weight=settings.kd_weight)
+
+
+def random_top(tokens: int, vocab_size: int) -> TopK:
+    logps = torch.randn(tokens, 65).log_softmax(dim=-1)
+    return TopK(torch.rand(tokens, vocab_size).topk(64).indices, logps)
+
+
+def kd_peer_step(student: ModelConfig, teacher: ModelConfig, ids: torch.Tensor, kind: str):
+    """The loss of TRL's GKDTrainer on transformers' models; torch's clip and AdamW."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    try:
+        from trl.experimental.gkd import GKDTrainer
+    except ImportError:
+        raise MissingPeer("trl is not installed (pip install -r requirements-dev.txt)") from None
+    trainer = GKDTrainer.__new__(GKDTrainer)  # its loss asks for no more than these
+    trainer.teacher_model = peer_model(teacher, "sdpa").requires_grad_(False).eval()
+    trainer.beta = 0.5 if kind == "jsd" else 0
+    model = peer_model(student, "sdpa").train()
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        trainer.compute_loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+def kd_peak(who: str, kind: str, size: str) -> int:
+    """The most memory that a step takes above what stood before it: weights and moments not counted."""
+    step = kd_step(who, kind, size)
     step()
     gc.collect()
     before = resident_peak("VmRSS")

@@ -68,7 +68,7 @@ class Lesson:
     def to(self, device, non_blocking: bool = False) -> "Lesson":
         def moved(x):
             return None if x is None else x.to(device, non_blocking=non_blocking)
-        return Lesson(moved(self.inputs), moved(self.targets), moved(self.documents), moved(self.top), self.own)
+        return Lesson(*map(moved, (self.inputs, self.targets, self.documents, self.top)), self.own)
 
 
 def lesson_loss(model: Transformer, batch: tuple[Lesson], teacher: Transformer | None,
@@ -238,7 +238,7 @@ class Settings(Loop, Adapter):
 
     def __post_init__(self):
         for name, value in BY_DATA[self.kind_of_data].items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not (name == "lr" and self.lora_rank):  # then it is lora_lr
                 setattr(self, name, value)
         self.eval_stride = self.eval_stride or max(1, self.seq_len // 2)
         require(self, kd_weight=(0, 1), top_k=(0, None), match_weight=(0, 1e6), on_policy=(0, 1),
@@ -279,7 +279,8 @@ class Settings(Loop, Adapter):
             raise UserError(f"--lora_rank {self.lora_rank}: adapters need a student that knows something; "
                             f"name one with --init_from, or pass --lora_rank 0")
         if self.student != "random":
-            self.refuse(("tie_embeddings",), f"is for --student random; {self.student} is tied as its teacher")
+            self.refuse(("tie_embeddings",), f"is for --student random; {self.student} is tied where its "
+                        f"teacher is")
             self.bigram_steps = 0
         if self.student == "layers":
             self.refuse(("dim", "n_heads", "ffn_dim"), "is the teacher's, with --student layers")
@@ -287,8 +288,8 @@ class Settings(Loop, Adapter):
     def check_useless(self):
         """Raise UserError where things are asked for that do not go together, or would do nothing."""
         if self.tensor_parallel > 1:
-            raise UserError(f"--tensor_parallel {self.tensor_parallel}: a distribution is compared whole; pass "
-                            f"--data_parallel fsdp")
+            raise UserError(f"--tensor_parallel {self.tensor_parallel}: distributions are compared whole; "
+                            f"pass --data_parallel fsdp")
         if self.on_policy and self.kind_of_data == "text":
             raise UserError(f"--on_policy {self.on_policy} is about replies, and {self.data} is plain text; "
                             f"name conversations with --data")
@@ -376,8 +377,8 @@ def make_student(settings: Settings, teacher: Transformer, tokenizer: Tokenizer,
     """The student and its tokenizer: read, or made of the teacher."""
     if settings.init_from:
         if not Path(settings.init_from).is_dir():
-            raise UserError(f"there is no folder {settings.init_from} with a student; python distill.py makes "
-                            f"runs/student, or leave --init_from out")
+            raise UserError(f"there is no folder {settings.init_from} with a student; python distill.py "
+                            f"makes runs/student, or leave --init_from out")
         model, own = load_base(settings.init_from, settings.quantize)
         if own is None:
             raise UserError(f"{settings.init_from} has no tokenizer.json that can be read; copy it there")
@@ -425,24 +426,25 @@ def open_text(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[Batch
     size = (micro_batch(settings, env), settings.seq_len)
     batches = Batches(settings.data, "train", *size, settings.seed, **place)
     if batches.meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"the shards in {settings.data} were made with another tokenizer than that of teacher "
-                        f"and student; make them anew: python data.py --tokenizer {settings.teacher} --out "
-                        f"{settings.data} --overwrite, with the --input of then")
+        raise UserError(f"the shards in {settings.data} were made with another tokenizer than that of "
+                        f"teacher and student; make them anew: python data.py --tokenizer {settings.teacher} "
+                        f"--out {settings.data} --overwrite, with the --input of then")
     return batches, Batches(settings.data, "val", *size, stride=settings.eval_stride, **place), []
 
 
 def open_conversations(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple:
     """(batches, held-out batches, questions to answer) of conversations, as sft.py has them."""
-    missing = [token for token in TEMPLATES[settings.template].special if token not in tokenizer.special_tokens]
+    template = TEMPLATES[settings.template]
+    missing = [token for token in template.special if token not in tokenizer.special_tokens]
     if missing:
         raise UserError(f"teacher and student do not know {' '.join(missing)} of the template "
                         f"{settings.template}; a teacher that does is what sft.py makes: --teacher runs/sft")
-    place, packed = {"rank": env.data_rank, "world_size": env.data_world_size}, {}
-    kept = {}
+    place, kept, packed = {"rank": env.data_rank, "world_size": env.data_world_size}, {}, {}
     for split, conversations in sft.read_splits(settings, env).items():
-        kept[split], examples = sft.examples_of(conversations, tokenizer, TEMPLATES[settings.template],
-                                                settings.seq_len, say=env.say)
-        packed[split] = sft.Packed(examples, micro_batch(settings, env), settings.seq_len, settings.seed, **place)
+        kept[split], examples = sft.examples_of(conversations, tokenizer, template, settings.seq_len,
+                                                say=env.say)
+        packed[split] = sft.Packed(examples, micro_batch(settings, env), settings.seq_len, settings.seed,
+                                   **place)
         env.say(f"{split}: {len(examples):,} conversations in {packed[split].windows:,} windows of "
                 f"{settings.seq_len} tokens, {packed[split].padding:.1%} padding")
     return packed["train"], packed["val"], sft.spread(kept["val"], settings.questions)
@@ -489,9 +491,9 @@ def report(settings: Settings, figures: dict, last: dict, questions: list[dict],
                         "bits_per_byte": last.get("val_bits_per_byte")}
     for name, found in figures.items():
         in_bits = found.get("bits_per_byte")
-        print(f"{name:<12}{found['loss']:>9.4f} nats a token" + f"{in_bits:>9.4f} bits per byte" * bool(in_bits)
-              if in_bits else f"{name:<12}{found['loss']:>9.4f} nats a token of replies")
-    results = {"held out": {name: {k: v for k, v in found.items()} for name, found in figures.items()}}
+        print(f"{name:<12}{found['loss']:>9.4f} nats a token" +
+              (f"{in_bits:>9.4f} bits per byte" if in_bits else " of replies"))
+    results = {"held out": figures}
     if questions:
         results["answers"] = answer(settings, settings.out, questions, env)
         print_table({settings.out: results["answers"]})

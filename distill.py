@@ -46,7 +46,7 @@ from objectives import next_token_loss
 from parallel import Env
 from rejection import weights_of
 from rollouts import bring_up_to_date, lay_out, roll_out, whole_copy
-from students import check_smaller, layers_student, random_student, width_student
+from students import check_smaller, describe_student, layers_student, random_student, width_student
 from survive import open_run_folder, states
 from teachers import Stored, asked, check_same_tokens, open_teacher, store
 from train import Loop, bigram_start, evaluate, guarded, micro_batch, train
@@ -182,7 +182,7 @@ def last_prompt(ids: np.ndarray, learnt: np.ndarray) -> list[int]:
 
 
 BY_DATA = {  # what the settings without a value are, by the kind of data
-    "text": dict(seq_len=128, steps=600, lr=0.04, adam_lr=8e-3, bigram_steps=50),
+    "text": dict(seq_len=128, steps=300, lr=0.04, adam_lr=8e-3, bigram_steps=50),
     "conversations": dict(seq_len=256, steps=None, lr=0.015, adam_lr=3e-3, bigram_steps=0)}
 
 
@@ -207,7 +207,7 @@ class Settings(Loop, Adapter):
     beta: float = 0.5  # jsd: the teacher's share of the mixture; 0 is forward, 1 reverse
     skew: float = 0.1  # skew_…: the share of the other in the mixture
     temperature: float = 1.0  # of both distributions
-    kd_weight: float = 0.5  # of the divergence; the rest is the cross-entropy's; 0: no teacher at all
+    kd_weight: float = 1.0  # of the divergence; the rest is the cross-entropy's; 0: no teacher at all
     top_k: int = 0  # store the teacher's so many likeliest tokens, and ask it no more; 0: ask it live
     stored: str | None = None  # where these lie; none: beside the data
     match: Literal["hidden", "attention"] | None = None  # also match the last hidden states, through a
@@ -222,7 +222,7 @@ class Settings(Loop, Adapter):
     rope_scaling: Literal["linear", "ntk", "dynamic", "yarn", "llama3"] | None = "yarn"  # the rule by which a
         # student reads further than its max_seq_len, where seq_len is longer; none: it shall not
     epochs: float = 1.75  # conversations: how often each is seen
-    steps: int | None = None  # updates; none: 600 of plain text, of conversations as many as epochs take
+    steps: int | None = None  # updates; none: 300 of plain text, of conversations as many as epochs take
     seq_len: int | None = None  # tokens a window; none: 128 of plain text, 256 of conversations
     lr: float | None = None  # peak learning rate of the matrices in blocks; none: 0.04, 0.015
     adam_lr: float | None = None  # of embedding, head and norms; none: 8e-3, 3e-3
@@ -387,7 +387,8 @@ def make_student(settings: Settings, teacher: Transformer, tokenizer: Tokenizer,
             model.config = model.model.config = sft.reading_further(model.config, settings, env)
     else:
         model, own = made_student(settings, teacher), tokenizer
-    warning = check_smaller(model.config, teacher.config)
+    env.say(describe_student(model, teacher))
+    warning = check_smaller(model, teacher)
     if warning:
         env.say(warning)
     return model, own

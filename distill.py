@@ -3,7 +3,7 @@
     python distill.py                                    # runs/base teaches plain text to runs/student
     python distill.py --teacher runs/sft --init_from runs/student --data runs/chat --out runs/student-sft
     python distill.py --kd_weight 0 --out runs/alone     # the same student, the same steps, no teacher
-    python distill.py --compare runs/student-sft …       # answers of several, side by side
+    python distill.py --compare runs/student runs/alone  # held-out loss side by side; of answers, with --data
 
 The loop is pretraining's (train.py), and so are windows, layouts and states. Unlike pretraining:
 1. the loss is a divergence from the teacher's distribution, mixed with the cross-entropy (divergence.py);
@@ -192,7 +192,7 @@ class Settings(Loop, Adapter):
     data: str = "runs/data"  # what is learnt from: token shards (data.py), or conversations, as of sft.py
     out: str = "runs/student"  # run folder; an unfinished run goes on
     overwrite: bool = False  # delete what is in `out` and start anew
-    compare: tuple[str, ...] = ()  # train nothing; have these folders answer the held-out questions
+    compare: tuple[str, ...] = ()  # train nothing; measure these model folders on what is held out
 
     init_from: str | None = None  # folder of the student; none: it is made, as the next says
     student: Literal["random", "layers", "width"] = "random"  # with random weights; as every other block of
@@ -539,15 +539,20 @@ def print_table(by_folder: dict[str, dict[str, float]]):
 
 
 def compare(settings: Settings, env: Env):
-    """python distill.py --compare A B: loss on held-out replies, and answers, side by side."""
+    """python distill.py --compare A B: held-out loss, and answers to questions, side by side."""
     found = {}
     for folder in settings.compare:
         model, tokenizer = open_model(folder, env.device)
         if tokenizer is None:
             raise UserError(f"{folder} has no tokenizer.json that can be read")
-        _, val, questions = open_conversations(settings, tokenizer, env)
-        loss = evaluate(model, val, held_out_loss, env)["loss"]
-        found[folder] = {"loss on replies, nats a token": loss} | answer(settings, folder, questions, env)
+        read = open_text if settings.kind_of_data == "text" else open_conversations
+        _, val, questions = read(settings, tokenizer, env)
+        result = evaluate(model, val, held_out_loss, env)
+        found[folder] = {"held out, nats a token": result["loss"]}
+        if "bits_per_byte" in result:
+            found[folder]["held out, bits per byte"] = result["bits_per_byte"]
+        if questions:
+            found[folder] |= answer(settings, folder, questions, env)
     print_table(found)
 
 

@@ -377,11 +377,14 @@ def test_answers_of_several_stand_side_by_side(place, tmp_path, command):
     words = arguments(place, tmp_path / "none", init_from=None, compare=place / "student")
     code, out, err = command([*words, str(place / "teacher")])
     assert code == 0, err
-    [loss] = [line for line in out.splitlines() if line.startswith("loss on replies")]
+    [loss] = [line for line in out.splitlines() if line.startswith("held out, nats a token")]
     [kl] = [line for line in out.splitlines() if line.startswith("sampled: KL from the teacher")]
-    assert len(loss.split()) == 7 + 1 and float(kl.split()[-1]) == pytest.approx(0, abs=1e-3), \
+    assert len(loss.split()) == 5 + 2 and float(kl.split()[-1]) == pytest.approx(0, abs=1e-3), \
         "of the teacher itself"
     assert not (tmp_path / "none").exists()
+    code, out, err = command([*arguments(place, tmp_path / "none", "text", init_from=None,
+                                         compare=place / "student"), str(place / "teacher")])
+    assert code == 0 and "held out, bits per byte" in out and "greedy" not in out, err
 
 
 # ---- several processes -------------------------------------------------------------------------------------

@@ -517,6 +517,8 @@ def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> 
     if found["sampled"]:
         samples = [sample for some in found["sampled"] for sample in some]
         tokens = sum(len(sample["ids"]) for sample in samples)
+        means["sampled: different answers to a question"] = float(np.mean(
+            [len({sample["text"] for sample in some}) / len(some) for some in found["sampled"]]))
         means["sampled: distinct pairs of words"] = distinct([sample["text"] for sample in samples])
         means["sampled: entropy, nats a token"] = -sum(sample["logp"] for sample in samples) / tokens
         means["sampled: tokens"] = tokens / len(samples)

@@ -44,7 +44,7 @@ from objectives import token_logps
 from parallel import Compute, Env, inside, parallelize
 from plot import line_chart
 from preferences import Pair, encode_pairs, read_preferences
-from rejection import Sampling, make_pairs
+from rejection import Sampling, check_tokenizer, make_pairs
 from survive import alone, open_run_folder
 from train import Loop, evaluate, guarded, micro_batch, train
 from work import fingerprint
@@ -588,7 +588,7 @@ def prefer(settings: Settings, env: Env) -> None:
     if settings.data == Settings.data and not Path(settings.data, "made.json").exists():
         make_only(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
-    check_tokenizer(settings, tokenizer)
+    check_tokenizer(tokenizer, settings.init_from, settings.template)
     if settings.seq_len > model.config.max_seq_len:
         raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
                         f"{settings.init_from}; pass a shorter --seq_len")
@@ -611,17 +611,6 @@ def prefer(settings: Settings, env: Env) -> None:
         last = train(model, splits["train"], loss_fn, settings, env, tokenizer, splits["val"],
                      identity(settings, splits) | {"base": base_of(model).get("sha256")})
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)
-
-
-def check_tokenizer(settings: Settings, tokenizer: Tokenizer | None):
-    if tokenizer is None:
-        raise UserError(f"{settings.init_from} has no tokenizer.json that can be read, and conversations "
-                        f"cannot be written without it; choose another --init_from")
-    special = TEMPLATES[settings.template].special
-    missing = [token for token in special if token not in tokenizer.special_tokens]
-    if missing:
-        raise UserError(f"{settings.init_from} does not know {' '.join(missing)} of the template "
-                        f"{settings.template}; first: python sft.py, or choose another --template")
 
 
 def read_splits(settings, tokenizer: Tokenizer, env: Env,

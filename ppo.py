@@ -48,7 +48,7 @@ from parallel import Env, inside, parallelize
 from plot import line_chart
 from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficient, policy_loss,  # noqa: F401
                              policy_terms, summed, value_loss, value_terms, whiten)
-from rejection import in_words, prompt_files, weights_of
+from rejection import check_tokenizer, in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Rewards
 from rollouts import (Rollout, bring_up_to_date, lay_out, read_replies, reply_values, roll_out,
@@ -643,7 +643,7 @@ def improve(settings: Settings, env: Env):
     dpo.prepare_prompts(settings, env)
     check_divisible(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
-    dpo.check_tokenizer(settings, tokenizer)
+    check_tokenizer(tokenizer, settings.init_from, settings.template)
     check_length(settings, model, settings.init_from)
     prompts, asked = (Prompts(settings, split, model, tokenizer, env) for split in ("train", "val"))
     if settings.questions and len(asked.ids) < env.data_world_size:

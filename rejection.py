@@ -7,6 +7,7 @@ For each prompt k samples at temperature 1 are scored by `quality`. Best against
 by a margin, makes a preference; the best alone makes a conversation for SFT (best-of-k; Touvron et al. 2023,
 https://arxiv.org/abs/2307.09288, section 3.2.3; Llama Team 2024, https://arxiv.org/abs/2407.21783, section
 4.2.2). No person and no reward model has a say: what the rule does not see, it does not teach.
+answers.py asks a teacher in the same way.
 
 A folder of pairs: train.jsonl and val.jsonl (preferences), best/ (conversations, the same split),
 questions.jsonl (all held-out prompts, with the author's answers), samples.jsonl (all samples and scores) and
@@ -17,10 +18,12 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -128,7 +131,29 @@ RULE = ("margin", "chosen")  # what of this concerns the choice among samples, n
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. A folder of pairs
+# 3. A folder made of a model's answers
+
+
+class Asked(NamedTuple):
+    """A prompt that is asked."""
+    conversation: dict  # as its file has it, with the author's answer
+    split: str
+    ids: list[int]  # of the prompt
+    number: int  # its place among all that are asked
+
+
+Row = tuple[Asked, list[dict]]  # a prompt, and what is kept of each answer to it
+
+
+class Kind(NamedTuple):
+    """What sets a kind of folder apart: pairs here, a teacher's answers in answers.py."""
+    what: str  # it holds, in words
+    files: tuple[str, ...]  # patterns of those that `finish` and its readers write into it
+    known: dict  # {name: what the folder depends on}; "rule": what of that does not concern the samples
+    splits: tuple[str, ...]  # whose prompts are asked
+    told: Callable[[dict, dict], dict]  # (conversation, one of sample_replies) -> what is kept of that sample
+    finish: Callable[[Path, list[Row], list[dict], Tokenizer], dict]  # (folder, rows, what `draw` returned,
+    # tokenizer): write the files; returns what made.json says beside `known`, among that "counts"
 
 
 def make_pairs(settings, init_from: str | Path, out: str | Path, env: Env, overwrite: bool = False):
@@ -136,24 +161,35 @@ def make_pairs(settings, init_from: str | Path, out: str | Path, env: Env, overw
 
     settings: a Sampling with seed and template. Raises UserError where `out` holds anything else.
     """
-    out, known = Path(out), identity(settings, init_from)
+    files = ("train.jsonl", "val.jsonl", "best/train.jsonl", "best/val.jsonl", "questions.jsonl",
+             "samples.jsonl", "reference-*.safetensors")  # the last are dpo.py's
+    make_folder(Kind("pairs", files, identity(settings, init_from), SPLITS, scored,
+                     functools.partial(finish, settings)), settings, init_from, out, env, overwrite)
+
+
+def make_folder(kind: Kind, settings, model_folder: str | Path, out: str | Path, env: Env, overwrite: bool):
+    """Write a folder of this kind of what a model answers; a finished one of the same identity stays.
+
+    settings: prompts_data, prompts, samples, temperature, max_new_tokens, prompts_at_once, seed, template.
+    Raises UserError where `out` holds anything else.
+    """
+    out = Path(out)
     with contextlib.ExitStack() as stack:
-        env.first(lambda: stack.enter_context(begun(out, known, overwrite)), patient=True)
-        if (out / "made.json").exists():
+        env.first(lambda: stack.enter_context(begun(out, kind, overwrite)), patient=True)
+        if not overwrite and (out / "made.json").exists():
             env.say(f"{out} is there already: {in_line(read_json(out / 'made.json').get('counts', {}))}")
             return
-        model, tokenizer = open_model(init_from, env.device)
-        if tokenizer is None:
-            raise UserError(f"{init_from} has no tokenizer.json that can be read, and prompts cannot be "
-                            f"written without it")
+        model, tokenizer = open_model(model_folder, env.device)
+        check_tokenizer(tokenizer, model_folder, settings.template)
         with contextlib.redirect_stdout(None) if env.rank else contextlib.nullcontext():
-            groups = grouped(settings, model, tokenizer)
-        env.first(lambda: begin_work(out, known))
-        work = Work(out / "work", known["samples"], env.rank, env.world_size)
-        answer = functools.partial(draw, settings, model, tokenizer, groups, work)
+            groups = grouped(settings, model, tokenizer, kind.splits)
+        # last of all that can refuse: --overwrite deletes here
+        env.first(lambda: begin_work(out, kind, overwrite))
+        work = Work(out / "work", fingerprint(of_samples(kind.known)), env.rank, env.world_size)
+        answer = functools.partial(draw, settings, model, tokenizer, groups, work, kind.told)
         with Packed(model.eval()):
-            work.each("samples", len(groups), answer)
-        env.first(lambda: finish(settings, out, known, work, len(groups)), patient=True)
+            units = work.each("samples", len(groups), answer)
+        env.first(lambda: write_made(out, kind, rows_of(groups, work), units, tokenizer), patient=True)
         # apart: by now no process waits for a mark in there any more
         env.first(lambda: shutil.rmtree(out / "work", ignore_errors=True))
 
@@ -165,6 +201,11 @@ def identity(settings, init_from: str | Path) -> dict[str, str]:
     values = {name: getattr(settings, name) for name in names}
     return {"samples": fingerprint(values, weights_of(init_from), files),
             "rule": fingerprint([getattr(settings, name) for name in RULE])}
+
+
+def of_samples(known: dict) -> dict:
+    """What of an identity the samples depend on."""
+    return {name: value for name, value in known.items() if name != "rule"}
 
 
 def weights_of(folder: str | Path) -> str:
@@ -185,87 +226,133 @@ def prompt_files(settings) -> dict[str, Path]:
     return files
 
 
-@contextlib.contextmanager
-def begun(out: Path, known: dict[str, str], overwrite: bool):
-    """Hold the folder alone, made or refused. Deletes what was written here alone, and only if told to.
+def check_tokenizer(tokenizer: Tokenizer | None, folder: str | Path, template: str):
+    """Raise UserError unless the tokenizer of the model in a folder can write conversations."""
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer.json that can be read, and conversations cannot be "
+                        f"written without it; choose another model")
+    missing = [token for token in TEMPLATES[template].special if token not in tokenizer.special_tokens]
+    if missing:
+        raise UserError(f"{folder} does not know {' '.join(missing)} of the template {template}; first: "
+                        f"python sft.py, or choose another --template")
 
-    Samples that were drawn, but of which no pairs are made yet, serve any rule.
+
+@contextlib.contextmanager
+def begun(out: Path, kind: Kind, overwrite: bool):
+    """Hold the folder alone, made or refused.
+
+    Samples that were drawn, but of which nothing is made yet, serve any rule. Kinds are told apart by the
+    names in their identity.
     """
-    ours = (out / "made.json").is_file() or (out / "work" / "key.json").is_file()
+    marks = [path for path in (out / "made.json", out / "work" / "key.json") if path.is_file()]
+    found = read_json(marks[0]) if marks else {}
+    ours = found.keys() >= of_samples(kind.known).keys()
     strangers = out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir()))
     if strangers and not ours:
-        raise UserError(f"{out} exists and is no folder of pairs; choose another place for them")
+        raise UserError(f"{out} exists and is no folder of {kind.what}; choose another place for them")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        if overwrite and ours:
-            clear(out)
-        made = read_json(out / "made.json", {})
-        found = made or read_json(out / "work" / "key.json", known)
-        if any(found.get(name) != known[name] for name in (known if made else ["samples"])):
-            raise UserError(f"{out} holds pairs of another model or of other settings; pass --overwrite to "
-                            f"make them anew, or choose another place")
+        known = kind.known if (out / "made.json").is_file() else of_samples(kind.known)
+        if ours and not overwrite and any(found[name] != value for name, value in known.items()):
+            raise UserError(f"{out} holds {kind.what} of another model or of other settings; pass "
+                            f"--overwrite to make them anew, or choose another place")
         yield
 
 
-def begin_work(out: Path, known: dict[str, str]):
-    (out / "work").mkdir(exist_ok=True)
-    with open_whole(out / "work" / "key.json", "w") as file:
-        json.dump(known, file)
+def begin_work(out: Path, kind: Kind, overwrite: bool):
+    """Make way for the samples; of a finished folder delete what was written here alone.
 
-
-def clear(out: Path):
-    (out / "made.json").unlink(missing_ok=True)  # first: without it nobody takes the rest for whole
-    files = [*(f"{split}.jsonl" for split in SPLITS), "questions.jsonl", "samples.jsonl"]
-    for path in [*(out / name for name in files), *out.glob("reference-*.safetensors")]:
-        path.unlink(missing_ok=True)
-    for name in ("work", "best"):
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
-def grouped(settings, model: Transformer, tokenizer: Tokenizer) -> list[list[dict]]:
-    """The conversations whose prompts are asked, in groups of like length that fit into one batch.
-
-    Each gets its "split" and "ids" (of the prompt). One that leaves no room for an answer is left out.
+    In this order: killed in between, the folder is still known as ours, and never taken for whole.
     """
-    template, chosen = TEMPLATES[settings.template], []
-    for split, path in prompt_files(settings).items():
-        conversations = list(read_conversations(path))
-        for one in spread(conversations, settings.prompts) if split == "train" else conversations:
+    work = out / "work"
+    work.mkdir(exist_ok=True)
+    with open_whole(work / "key.json", "w") as file:
+        json.dump(kind.known, file)
+    (out / "made.json").unlink(missing_ok=True)
+    old = [path for path in work.iterdir() if path.name != "key.json"] if overwrite else []
+    for path in [*old, *(path for pattern in kind.files for path in out.glob(pattern))]:
+        path.unlink()
+
+
+def grouped(settings, model: Transformer, tokenizer: Tokenizer,
+            splits: Sequence[str] = SPLITS) -> list[list[Asked]]:
+    """The prompts that are asked, in groups of like length that fit into one batch.
+
+    One that leaves no room for an answer is left out. settings.prompts: of train; 0: all of them.
+    """
+    template, chosen, asked = TEMPLATES[settings.template], [], 0
+    for split in splits:
+        conversations = list(read_conversations(prompt_files(settings)[split]))
+        number = settings.prompts or len(conversations)
+        for one in spread(conversations, number) if split == "train" else conversations:
             ids, _ = render(one["messages"][:-1], tokenizer, True, template)
             if len(ids) + settings.max_new_tokens <= model.config.max_seq_len:
-                chosen.append({**one, "split": split, "ids": ids})
+                chosen.append(Asked(one, split, ids, asked))
+            asked += 1
     if not chosen:
         raise UserError(f"no prompt of {settings.prompts_data} leaves {settings.max_new_tokens} of the "
                         f"model's {model.config.max_seq_len} tokens to an answer; pass fewer "
                         f"--max_new_tokens")
-    chosen.sort(key=lambda one: len(one["ids"]))
+    if len(chosen) < asked:
+        print(f"left out: {asked - len(chosen):,} of {asked:,} prompts, which leave no "
+              f"{settings.max_new_tokens} of the model's {model.config.max_seq_len} tokens to an answer")
+    chosen.sort(key=lambda one: len(one.ids))
     size = settings.prompts_at_once
     return [chosen[i:i + size] for i in range(0, len(chosen), size)]
 
 
-def draw(settings, model: Transformer, tokenizer: Tokenizer, groups: list, work: Work, unit: int) -> dict:
-    """Sample and score the answers of one group; a function of (seed, unit) alone."""
+def draw(settings, model: Transformer, tokenizer: Tokenizer, groups: list[list[Asked]], work: Work,
+         told: Callable[[dict, dict], dict], unit: int) -> dict:
+    """Write what is kept of the answers to one group, a function of (seed, unit) alone.
+
+    Returns how many tokens were drawn, in how many seconds.
+    """
     group, stop = groups[unit], tokenizer.special_tokens[TEMPLATES[settings.template].end]
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed((settings.seed * 1_000_003 + unit) % 2 ** 63)
-    replies = sample_replies(model, [one["ids"] for one in group], tokenizer, stop, settings.samples,
+    began = time.perf_counter()
+    replies = sample_replies(model, [one.ids for one in group], tokenizer, stop, settings.samples,
                              settings.max_new_tokens, settings.temperature, generator)
-    rows = []
-    for conversation, samples in zip(group, replies):
-        scored = [{"text": sample["text"], "ended": sample["ended"],
-                   "score": quality(conversation, sample["text"], sample["ended"])} for sample in samples]
-        known = {name: value for name, value in conversation.items() if name != "ids"}
-        rows.append(known | {"samples": scored})
+    seconds = time.perf_counter() - began
+    rows = [{"samples": [told(one.conversation, sample) for sample in samples]}
+            for one, samples in zip(group, replies)]
     write_documents(work.path("samples", unit, "jsonl"), rows)
-    return {"scores": sum(sample["score"] for row in rows for sample in row["samples"])}
+    return {"tokens": sum(len(sample["ids"]) for samples in replies for sample in samples),
+            "seconds": seconds}
 
 
-def finish(settings, out: Path, known: dict[str, str], work: Work, groups: int):
+def rows_of(groups: list[list[Asked]], work: Work) -> list[Row]:
+    """All that was drawn, with its prompts."""
+    stored = stored_documents(*(work.path("samples", unit, "jsonl") for unit in range(len(groups))))
+    return [(one, row["samples"]) for one, row in zip(chain.from_iterable(groups), stored, strict=True)]
+
+
+def write_made(out: Path, kind: Kind, rows: list[Row], units: list[dict], tokenizer: Tokenizer):
     """Write what the folder is for from all samples; made.json comes last."""
-    rows = list(stored_documents(*(work.path("samples", unit, "jsonl") for unit in range(groups))))
-    chosen = {split: choose(settings, [row for row in rows if row["split"] == split]) for split in SPLITS}
+    made = kind.finish(out, rows, units, tokenizer)
+    with open_whole(out / "made.json", "w") as file:
+        json.dump({**kind.known, **made}, file)
+    print(f"{out}: {in_line(made['counts'])}")
+
+
+def in_line(counts: dict) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in counts.items())
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------
+
+
+def scored(conversation: dict, sample: dict) -> dict:
+    """What is kept of a sample."""
+    return {"text": sample["text"], "ended": sample["ended"],
+            "score": quality(conversation, sample["text"], sample["ended"])}
+
+
+def finish(settings, out: Path, rows: list[Row], units: list[dict], tokenizer: Tokenizer) -> dict:
+    """Write pairs, best answers, questions and samples; returns {"counts"}."""
     counts = {}
     (out / "best").mkdir(exist_ok=True)
+    chosen = {split: choose(settings, [row for row in rows if row[0].split == split]) for split in SPLITS}
     for split, (pairs, best) in chosen.items():
         if not pairs:
             raise UserError(f"of the samples for {split} no two of one prompt lie --margin {settings.margin} "
@@ -276,36 +363,25 @@ def finish(settings, out: Path, known: dict[str, str], work: Work, groups: int):
         write_documents(out / f"{split}.jsonl", pairs)
         write_documents(out / "best" / f"{split}.jsonl", best)
         counts |= {f"{split} pairs": len(pairs), f"{split} best answers": len(best)}
-    write_documents(out / "questions.jsonl", [without_samples(row) for row in rows if row["split"] == "val"])
-    write_documents(out / "samples.jsonl", rows)
-    scores = [sample["score"] for row in rows for sample in row["samples"]]
-    best = [max(sample["score"] for sample in row["samples"]) for row in rows]
-    counts |= {"samples": len(scores), "mean score": round(sum(scores) / len(scores), 4),
-               f"best of {settings.samples}": round(sum(best) / len(best), 4)}
-    with open_whole(out / "made.json", "w") as file:
-        json.dump({**known, "counts": counts}, file)
-    print(f"{out}: {in_line(counts)}")
+    write_documents(out / "questions.jsonl", [one.conversation for one, _ in rows if one.split == "val"])
+    write_documents(out / "samples.jsonl", [{**one.conversation, "split": one.split, "samples": samples}
+                                            for one, samples in rows])
+    scores = [[sample["score"] for sample in samples] for _, samples in rows]
+    number = sum(map(len, scores))
+    counts |= {"samples": number, "mean score": round(sum(map(sum, scores)) / number, 4),
+               f"best of {settings.samples}": round(sum(map(max, scores)) / len(scores), 4)}
+    return {"counts": counts}
 
 
-def choose(settings, rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+def choose(settings, rows: list[Row]) -> tuple[list[dict], list[dict]]:
     """(pairs for DPO, conversations for SFT) of the samples of one split; all keep what else was known."""
     pairs, best = [], []
-    for row in rows:
-        conversation = without_samples(row)
-        known = {name: value for name, value in conversation.items() if name != "messages"}
-        pair = preference(conversation, row["samples"], settings.margin, settings.chosen)
+    for one, samples in rows:
+        known = {name: value for name, value in one.conversation.items() if name != "messages"}
+        pair = preference(one.conversation, samples, settings.margin, settings.chosen)
         pairs += [known | pair] if pair else []
-        best += filter(None, [best_answer(conversation, row["samples"])])
+        best += filter(None, [best_answer(one.conversation, samples)])
     return pairs, best
-
-
-def without_samples(row: dict) -> dict:
-    """The conversation whose prompt was asked."""
-    return {name: value for name, value in row.items() if name not in ("samples", "split")}
-
-
-def in_line(counts: dict) -> str:
-    return ", ".join(f"{name} {value:,}" for name, value in counts.items())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from model import Decoder, ModelConfig, Transformer
 from parallel import Env
 from plot import line_chart
 from preferences import Pair
+from rejection import check_tokenizer
 from survive import open_run_folder
 from train import Loop, guarded, micro_batch, train
 from work import fingerprint
@@ -375,7 +376,7 @@ def train_reward_model(settings: Settings, env: Env) -> None:
         dpo.make_only(dpo.Settings(init_from=settings.init_from, template=settings.template), env)
     dpo.require_weights(settings)
     base, tokenizer = open_model(settings.init_from)
-    dpo.check_tokenizer(settings, tokenizer)
+    check_tokenizer(tokenizer, settings.init_from, settings.template)
     if settings.seq_len > base.config.max_seq_len:
         raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {base.config.max_seq_len} of "
                         f"{settings.init_from}; pass a shorter --seq_len")

@@ -126,10 +126,12 @@ def out_of_memory(error: BaseException, settings) -> UserError | None:
     size = re.search(r"(?:[Tt]ried|Unable) to allocate (?:(\d+) bytes|([\d.]+ [KMGTPE]i?B))", text)
     asked = f", which was asked for {size[2] or gib(int(size[1])) + ' GiB'} more" if size else ""
     where = re.search(r"GPU \d+", text) or re.search(r"MPS|CUDA", text)
+    what = f"out of memory on {where[0] if where else 'the CPU'}{asked}"
+    if not hasattr(settings, "micro_batch_size"):  # nothing is trained: answers.py
+        return UserError(f"{what}; a smaller --prompts_at_once (now {settings.prompts_at_once}) takes less")
     micro = settings.micro_batch_size or "all windows of a process"
-    return UserError(f"out of memory on {where[0] if where else 'the CPU'}{asked}; a smaller "
-                     f"--micro_batch_size (now {micro}), --activation_checkpointing full, or --data_parallel "
-                     f"fsdp over more processes take less; --dry_run shows how much")
+    return UserError(f"{what}; a smaller --micro_batch_size (now {micro}), --activation_checkpointing full, "
+                     f"or --data_parallel fsdp over more processes take less; --dry_run shows how much")
 
 
 # ------------------------------------------------------------------------------------------------------------

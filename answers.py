@@ -32,7 +32,7 @@ from config import UserError, open_whole, parse, require, run, show
 from documents import write_documents
 from dpo import prepare_prompts
 from parallel import Compute, Env
-from rejection import Kind, Row, make_folder, prompt_files, weights_of
+from rejection import Kind, Row, make_folder, prompt_files, weights_of, with_answer
 from rewards import REWARDS, Reply, Rewards, inside, parse_spec, tags
 from sft import spread
 from train import guarded
@@ -106,6 +106,7 @@ class Settings(Compute):
     prompts_at_once: int = 32  # prompts whose answers are drawn together; fewer take less memory
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how the teacher reads a conversation
     seed: int = 0  # of the answers
+    on_bad_line: Literal["stop", "skip"] = "stop"  # of train.jsonl's prompts: stop, or count it and go on
 
     def __post_init__(self):
         require(self, prompts=(0, None), samples=(1, None), temperature=(0, 100), max_new_tokens=(1, None),
@@ -155,7 +156,8 @@ def finish(settings: Settings, out: Path, rows: list[Row], units: list[dict], to
         replies = [Reply(*(sample[name] for name in ("text", "ended", "length"))) for sample in samples]
         totals, _ = rewards([one.conversation] * len(replies), replies)
         best += [plain(total) for total, sample in zip(totals, samples) if answer_of(sample, settings)]
-        kept.append([with_answer(one.conversation, *pair) for pair in passed(samples, totals, settings)])
+        kept.append([{**with_answer(one.conversation, answer), "reward": reward}
+                     for answer, reward in passed(samples, totals, settings)])
     conversations = [conversation for some in kept for conversation in some]
     drawn = [sample for _, samples in rows for sample in samples]
     if not conversations:
@@ -172,12 +174,6 @@ def finish(settings: Settings, out: Path, rows: list[Row], units: list[dict], to
           f"{sum(map(bool, kept)) / len(rows):.1%} of the prompts")
     speed = sum(unit["tokens"] for unit in units) / sum(unit["seconds"] for unit in units)
     return {"counts": counts, "tokens a second and process": round(speed, 1)}
-
-
-def with_answer(conversation: dict, answer: str, reward: float) -> dict:
-    """The conversation with the teacher's answer in the author's place."""
-    messages = [*conversation["messages"][:-1], {"role": "assistant", "content": answer}]
-    return {**conversation, "messages": messages, "reward": reward}
 
 
 def nothing_kept(settings: Settings, drawn: int, best: Sequence[float]) -> UserError:

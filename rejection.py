@@ -83,7 +83,12 @@ def best_answer(conversation: dict, samples: Sequence[dict]) -> dict | None:
     best = max(samples, key=lambda sample: sample["score"])
     if not best["score"] or not best["text"].strip() or not best["ended"]:
         return None
-    answer = {"role": "assistant", "content": best["text"]}
+    return with_answer(conversation, best["text"])
+
+
+def with_answer(conversation: dict, text: str) -> dict:
+    """The conversation with a model's answer in the author's place."""
+    answer = {"role": "assistant", "content": text}
     return {**conversation, "messages": [*conversation["messages"][:-1], answer]}
 
 
@@ -159,7 +164,7 @@ class Kind(NamedTuple):
 def make_pairs(settings, init_from: str | Path, out: str | Path, env: Env, overwrite: bool = False):
     """Write the folder of pairs that the model in init_from gives; a finished one of the same settings stays.
 
-    settings: a Sampling with seed and template. Raises UserError where `out` holds anything else.
+    settings: a Sampling with seed, template, on_bad_line. Raises UserError where `out` holds anything else.
     """
     files = ("train.jsonl", "val.jsonl", "best/train.jsonl", "best/val.jsonl", "questions.jsonl",
              "samples.jsonl", "reference-*.safetensors")  # the last are dpo.py's
@@ -170,7 +175,8 @@ def make_pairs(settings, init_from: str | Path, out: str | Path, env: Env, overw
 def make_folder(kind: Kind, settings, model_folder: str | Path, out: str | Path, env: Env, overwrite: bool):
     """Write a folder of this kind of what a model answers; a finished one of the same identity stays.
 
-    settings: prompts_data, prompts, samples, temperature, max_new_tokens, prompts_at_once, seed, template.
+    settings: prompts_data, prompts, samples, temperature, max_new_tokens, prompts_at_once, seed, template,
+    on_bad_line.
     Raises UserError where `out` holds anything else.
     """
     out = Path(out)
@@ -282,7 +288,7 @@ def grouped(settings, model: Transformer, tokenizer: Tokenizer,
     """
     template, chosen, asked = TEMPLATES[settings.template], [], 0
     for split in splits:
-        conversations = list(read_conversations(prompt_files(settings)[split]))
+        conversations = list(read_conversations(prompt_files(settings)[split], settings.on_bad_line))
         number = settings.prompts or len(conversations)
         for one in spread(conversations, number) if split == "train" else conversations:
             ids, _ = render(one["messages"][:-1], tokenizer, True, template)

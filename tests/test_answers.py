@@ -258,6 +258,26 @@ def test_all_prompts_are_asked_where_their_number_is_0(place, tmp_path, monkeypa
     assert sorted(asked.conversation["number"] for asked, _ in rows) == list(range(20))
 
 
+def test_prompts_without_room_are_left_out_and_counted_and_so_are_bad_lines(place, tmp_path, capsys):
+    (tmp_path / "chat").mkdir()
+    lines = (place / "chat" / "train.jsonl").read_text("utf-8").splitlines()
+    for split in ("train", "val"):
+        (tmp_path / "chat" / f"{split}.jsonl").write_text("\n".join([*lines[:9], "{", lines[9]]), "utf-8")
+    asked = [rejection.render(json.loads(line)["messages"][:-1], TOKENIZER, True)[0] for line in lines[:10]]
+    room = sorted(map(len, asked))[5]
+    short = sum(len(ids) <= room for ids in asked)
+    assert 0 < short < 10, "or this test shows nothing"
+    settings = settings_for(place, tmp_path / "a", prompts_data=str(tmp_path / "chat"),
+                            max_new_tokens=128 - room)
+    with pytest.raises(UserError, match="train.jsonl:10: .*; correct it, or pass --on_bad_line skip"):
+        distil(settings, CPU)
+    settings.on_bad_line = "skip"
+    distil(settings, CPU)
+    out = capsys.readouterr().out
+    assert f"left out: {10 - short} of 10 prompts, which leave no {128 - room} of the model's 128" in out
+    assert f"prompts asked {short}, answers drawn {6 * short}" in out
+
+
 # ---- once, killed, shared ----------------------------------------------------------------------------------
 
 
@@ -393,7 +413,7 @@ def test_the_command_shows_what_it_kept(place, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(teacher="{tmp}/none"), "there is no model folder {tmp}/none, the teacher; python sft.py makes runs/"),
+    (dict(teacher="{tmp}/none"), "there is no model folder {tmp}/none, the teacher; python sft.py makes ru"),
     (dict(teacher="{tmp}"), "{tmp} holds no weights: it has no .safetensors file"),
     (dict(prompts_data="{tmp}/none"), "there is no {tmp}/none/train.jsonl; --prompts_data is a folder"),
     (dict(template="llama3"), "does not know <|begin_of_text|> <|start_header_id|>"),

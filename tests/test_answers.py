@@ -1,6 +1,7 @@
 """answers.py: which of a teacher's answers a student learns, and the folder that they fill."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -61,7 +62,7 @@ def sample(text, ended=True):
     ("<think>for ever", ""),
     ("2</think>", ""),
     ("<think>a</think><think>b</think>2", ""),
-    ("2 <think>was that right?</think>", ""),
+    ("2 <think>was that right?</think> no, 3", ""),
 ])
 def test_thoughts_and_nothing_else_are_taken_off(text, expected):
     assert without_thoughts(text) == expected
@@ -307,6 +308,31 @@ def test_overwrite_makes_it_anew_and_deletes_what_was_written_here_alone(place, 
     assert content(out) == whole | {"notes.txt": b"mine"} != other | {"notes.txt": b"mine"}
 
 
+def test_overwrite_that_is_stopped_leaves_nothing_that_looks_whole(place, whole, tmp_path, monkeypatch):
+    distil(settings_for(place, tmp_path / "a"), CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(rejection, "sample_replies", None)
+        with pytest.raises(TypeError):
+            distil(settings_for(place, tmp_path / "a", overwrite=True), CPU)
+    assert not (tmp_path / "a" / "made.json").exists()
+    distil(settings_for(place, tmp_path / "a"), CPU)
+    assert content(tmp_path / "a") == whole
+
+
+def test_answers_to_prompts_that_have_changed_since_are_refused(place, tmp_path):
+    shutil.copytree(place / "chat", tmp_path / "chat")
+    settings = settings_for(place, tmp_path / "a", prompts_data=str(tmp_path / "chat"))
+    distil(settings, CPU)
+    for split in ("train", "val"):
+        path = tmp_path / "chat" / f"{split}.jsonl"
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"author 1", b"author 9"))
+        with pytest.raises(UserError, match="of other settings"):
+            distil(settings, CPU)
+        path.write_bytes(before)
+    distil(settings, CPU)
+
+
 def test_a_folder_of_another_kind_is_left_alone(place, whole, tmp_path):
     def pairs(out):
         settings = dpo.Settings(prompts_data=str(place / "chat"), samples=6, max_new_tokens=20, margin=1e-6,
@@ -359,9 +385,11 @@ class TwoRanks(Work):
     """The work of two processes, done by one: first what the second would do."""
 
     def each(self, stage, units, function):
-        Work(self.folder, self.key, 1, 2).each(stage, units, function, wait=False)
+        self.rank, self.world_size = 1, 2
+        super().each(stage, units, function, wait=False)
         assert 0 < len(list(self.folder.glob("samples.*.json"))) < units
-        return Work(self.folder, self.key, 0, 2).each(stage, units, function)
+        self.rank = 0
+        return super().each(stage, units, function)
 
 
 def test_two_ranks_write_the_same_bytes(place, whole, tmp_path, monkeypatch):

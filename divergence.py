@@ -333,7 +333,7 @@ def humps(x: Tensor, distance: float, share: float) -> Tensor:
     return log_mixture(left, right, share).log_softmax(dim=0)
 
 
-def fit(log_p: Tensor, x: Tensor, of: Divergence, starts: int = 7) -> tuple[Tensor, float]:
+def fit(log_p: Tensor, x: Tensor, of: Divergence, starts: int = 5, steps: int = 200) -> tuple[Tensor, float]:
     """(the log-probabilities on x of the one hump that is nearest to log_p, how far it lies away).
 
     A student whose logits are -(x - mean)^2 / (2 width^2); Adam from several means, of which the best counts.
@@ -341,8 +341,9 @@ def fit(log_p: Tensor, x: Tensor, of: Divergence, starts: int = 7) -> tuple[Tens
     best = (math.inf, log_p)
     for start in torch.linspace(float(x[0]) / 2, float(x[-1]) / 2, starts):
         mean, log_width = start.clone().requires_grad_(), torch.zeros((), requires_grad=True)
-        optimizer = torch.optim.Adam([mean, log_width], lr=0.05)
-        for _ in range(400):
+        optimizer = torch.optim.Adam([mean, log_width], lr=0.3)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / steps)
             log_q = log_probabilities(-((x - mean) / log_width.exp()) ** 2 / 2)
             value = divergence(log_p[None], log_q[None], of).sum()
             optimizer.zero_grad()

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import data
 import distill
 import model as model_file
 from attention import Mask, attention
@@ -19,7 +18,7 @@ from config import UserError
 from divergence import FLOOR, Divergence
 from matching import add_projection, attention_match, hidden_match, watched
 from parallel import Env
-from support import VARIANTS, randn, random_ids, random_model
+from support import VARIANTS, randn, random_ids, random_model, write_shards
 
 CPU = Env(torch.device("cpu"))
 TOKENIZER = Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"])  # 259 ids
@@ -246,14 +245,8 @@ def place(tmp_path_factory):
     """A folder with a teacher and token shards."""
     folder = tmp_path_factory.mktemp("matching")
     save_model(random_model(vocab_size=TOKENIZER.vocab_size), TOKENIZER, folder / "teacher")
-    (folder / "data").mkdir()
-    meta = {"dtype": TOKENIZER.dtype.name, "vocab_size": TOKENIZER.vocab_size,
-            "tokenizer": TOKENIZER.fingerprint, "end_of_text": TOKENIZER.special_tokens["<|endoftext|>"]}
-    texts_of = {"train": ["the cat sat. " * 20, "the mat " * 30], "val": ["the cat and the mat"]}
-    for split, texts in texts_of.items():
-        data.write_documents(folder / "data" / f"{split}.jsonl", [{"text": text} for text in texts])
-        meta[split] = data.write_shard(folder / "data", split, TOKENIZER, workers=1)
-    (folder / "data" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    write_shards(folder / "data", {"train": ["the cat sat. " * 20, "the mat " * 30],
+                                   "val": ["the cat and the mat"]}, TOKENIZER)
     return folder
 
 

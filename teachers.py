@@ -99,17 +99,17 @@ def asked(teacher: Transformer, inputs: Tensor, mask: Mask | None, valid: Tensor
 
 
 def store(teacher: Transformer, batches: Batches, windows: np.ndarray, k: int, temperature: float,
-          folder: Path, identity: dict, env: Env) -> None:
+          folder: Path, identity: dict, env: Env, tokens: int | None = None) -> None:
     """Write the folder of a teacher's answers about these windows, shared by all processes.
 
-    windows: ascending. identity: what the answers belong to. Says how many bytes a token takes, and refuses
-    where the disk has no room for them. Killed, it goes on.
+    windows: ascending. identity: what the answers belong to. tokens: how many the tokenizer knows, where the
+    head may have rows to spare, which a student's need not have. Says how many bytes a token takes, and
+    refuses where the disk has no room for them. Killed, it goes on.
     """
-    V = teacher.config.vocab_size
+    V = min(teacher.config.vocab_size, tokens or teacher.config.vocab_size)
     if k >= V:
         raise UserError(f"--top_k {k} is no fewer than the teacher's {V} tokens; pass fewer, or 0: live")
-    id_type = np.dtype("<u2" if V <= 2 ** 16 else "<u4")
-    env.first(lambda: check_room(batches, len(windows), k, id_type, folder, env))
+    env.first(lambda: check_room(batches, len(windows), k, V, folder, env))
     with contextlib.ExitStack() as stack:
         env.first(lambda: folder.mkdir(parents=True, exist_ok=True))
         env.first(lambda: stack.enter_context(alone(folder)))
@@ -117,15 +117,19 @@ def store(teacher: Transformer, batches: Batches, windows: np.ndarray, k: int, t
         key = fingerprint(identity, windows.tolist())  # a unit's number says nothing of which windows it has
         work = Work(folder / "work", key, env.rank, env.world_size)
         units = [windows[i:i + UNIT] for i in range(0, len(windows), UNIT)]
-        unit = functools.partial(ask_about, teacher, batches, units, k, temperature, id_type, work, env)
+        unit = functools.partial(ask_about, teacher, batches, units, k, temperature, V, work, env)
         work.each("answers", len(units), unit)
-        env.first(lambda: join(folder, work, windows, len(units), id_type, identity), patient=True)
+        env.first(lambda: join(folder, work, windows, len(units), id_type(V), identity), patient=True)
         env.first(lambda: shutil.rmtree(folder / "work"))  # apart: by now nobody waits for a mark in there
 
 
-def check_room(batches: Batches, windows: int, k: int, id_type: np.dtype, folder: Path, env: Env):
+def id_type(V: int) -> np.dtype:
+    return np.dtype("<u2" if V <= 2 ** 16 else "<u4")
+
+
+def check_room(batches: Batches, windows: int, k: int, V: int, folder: Path, env: Env):
     """Say what the answers about so many windows take; UserError where the disk has no room for that."""
-    bytes_a_token = k * id_type.itemsize + 2 * (k + 1)
+    bytes_a_token = k * id_type(V).itemsize + 2 * (k + 1)
     tokens = round(batches.tokens * windows / batches.windows)
     need, free = 2 * tokens * bytes_a_token, shutil.disk_usage(existing(folder)).free
     env.say(f"to be stored: {bytes_a_token} bytes a token (k = {k}), some {tokens:,} tokens, "
@@ -141,9 +145,9 @@ def existing(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def ask_about(teacher: Transformer, batches: Batches, units: list, k: int, temperature: float, id_type,
+def ask_about(teacher: Transformer, batches: Batches, units: list, k: int, temperature: float, V: int,
               work: Work, env: Env, unit: int) -> dict:
-    """Write what the teacher says about one unit's windows."""
+    """Write what the teacher says about one unit's windows, as if there were the first V tokens only."""
     counts, ids, logps = [], [], []
     at_once = max(1, AT_ONCE // batches.seq_len)  # windows
     for first in range(0, len(units[unit]), at_once):
@@ -153,10 +157,10 @@ def ask_about(teacher: Transformer, batches: Batches, units: list, k: int, tempe
         counts += valid.sum(dim=1).tolist()
         with env.autocast():
             hidden = teacher.model(inputs, mask=mask)[valid]
-        weight = effective_weight(teacher.lm_head)
+        weight = effective_weight(teacher.lm_head)[:V]
         for rows in hidden.split(512):  # never all tokens' logits
             top = TopK.of(log_probabilities(rows.to(weight.dtype) @ weight.T, temperature), k)
-            ids.append(top.ids.cpu().numpy().astype(id_type))
+            ids.append(top.ids.cpu().numpy().astype(id_type(V)))
             logps.append(top.logps.cpu().numpy().astype("<f2"))
     arrays = {"counts": np.array(counts, "<i4"), "ids": np.concatenate(ids), "logps": np.concatenate(logps)}
     for name, array in arrays.items():
@@ -165,7 +169,7 @@ def ask_about(teacher: Transformer, batches: Batches, units: list, k: int, tempe
     return {"tokens": sum(counts)}
 
 
-def join(folder: Path, work: Work, windows: np.ndarray, units: int, id_type, identity: dict):
+def join(folder: Path, work: Work, windows: np.ndarray, units: int, kind: np.dtype, identity: dict):
     """Make the folder's files of the units'; meta.json, without which they are nothing, comes last."""
     (folder / "meta.json").unlink(missing_ok=True)
     with open_whole(folder / "windows.bin") as file:
@@ -177,7 +181,7 @@ def join(folder: Path, work: Work, windows: np.ndarray, units: int, id_type, ide
                     shutil.copyfileobj(part, file)
     sums = {name: file_checksum(folder / name) for name in FILES}
     with open_whole(folder / "meta.json", "w") as file:
-        meta = {**identity, "dtype": id_type.name, "windows": len(windows), "sha256": sums}
+        meta = {**identity, "dtype": kind.name, "windows": len(windows), "sha256": sums}
         json.dump(meta, file, indent=1)
 
 

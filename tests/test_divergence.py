@@ -463,15 +463,19 @@ def test_fewer_known_tokens_show_less_and_never_more_than_there_is(kind):
     assert losses[0] < 0.999 * whole
 
 
-class Largest(TorchDispatchMode):
-    """Notes how many numbers the largest tensor has that is made meanwhile."""
-    numbers = 0
+class Made(TorchDispatchMode):
+    """Notes the shapes of all tensors that are made meanwhile, and how many numbers the largest has."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.shapes = 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, torch.Tensor):
                 self.numbers = max(self.numbers, x.numel())
+                self.shapes.add(tuple(x.shape))
         return result
 
 
@@ -484,10 +488,10 @@ def test_never_are_more_than_a_few_rows_logits_there(monkeypatch, kind, k):
         teacher = TopK(torch.stack([torch.randperm(V, generator=seeded(i))[:k] for i in range(N)]),
                        randn(N, k + 1).log_softmax(-1))
     monkeypatch.setattr(divergence, "rows_at_once", lambda *_: rows)
-    with Largest() as seen:
+    with Made() as made:
         linear_kd_loss(hidden, weight, teacher, targets, Divergence(kind), 0.5)[0].backward()
     bound = max(rows * V, N * (2 + 3), V * 2, N * (k or 0) + N)
-    assert rows * V <= seen.numbers <= bound, f"{seen.numbers:,} numbers at once; all logits are {N * V:,}"
+    assert rows * V <= made.numbers <= bound, f"{made.numbers:,} numbers at once; all logits are {N * V:,}"
 
 
 def test_in_bf16_the_products_are_rough_and_the_gradients_whole():
@@ -506,8 +510,10 @@ def test_in_bf16_the_products_are_rough_and_the_gradients_whole():
 def test_a_frozen_head_gets_no_gradient_and_an_evaluation_computes_none():
     hidden, weight, live, targets = linear_case()
     weight.requires_grad_(False)
-    linear_kd_loss(hidden, weight, live, targets)[0].backward()
+    with Made() as made:
+        linear_kd_loss(hidden, weight, live, targets)[0].backward()
     assert weight.grad is None and hidden.grad.any()
+    assert tuple(weight.shape) not in made.shapes, "nobody asks for the gradient of a frozen head"
     with torch.no_grad():
         loss = linear_kd_loss(hidden, weight, live, targets)[0]
     assert not loss.requires_grad and loss.item() == pytest.approx(

@@ -78,7 +78,7 @@ NOT_THE_TOKENS = "their tokens are the same, but not the pattern"
 
 
 @pytest.mark.parametrize("teacher, said", [
-    (Tokenizer([MERGES[0], (b"t", b"o")], ["<|endoftext|>"]), "token 257 is b'the' to the student and b'to' to"),
+    (Tokenizer([MERGES[0], (b"t", b"o")], ["<|endoftext|>"]), "token 257 is b'the' to the student and b'to'"),
     (Tokenizer(MERGES, ["<|end|>"]), "token 258 is b'<|endoftext|>' to the student and b'<|end|>' to the"),
     (Tokenizer(MERGES, ["<|endoftext|>", "<|new|>"]), "token 259 is None to the student and b'<|new|>'"),
     (Tokenizer(MERGES[:1], ["<|endoftext|>"]), "token 257 is b'the' to the student and b'<|endoftext|>'"),
@@ -152,6 +152,17 @@ def test_windows_may_be_some_of_all(tmp_path, shards):
     store(teacher, batches, some, K, 1.0, tmp_path / "a", IDENTITY, CPU)
     found = Stored(tmp_path / "a", IDENTITY, some).of([11, 2])
     assert torch.equal(found.ids, live_answers(teacher, batches, [11, 2], K, 1.0).ids)
+
+
+def test_rows_of_the_head_that_no_token_has_are_not_among_the_likeliest(tmp_path, shards):
+    teacher, batches = teacher_for(vocab_size=TOKENIZER.vocab_size + 9), batches_of("text", shards)
+    teacher.lm_head.weight[TOKENIZER.vocab_size:] *= 30
+    store(teacher, batches, np.arange(3), K, 1.0, tmp_path / "a", IDENTITY, CPU, tokens=TOKENIZER.vocab_size)
+    found = Stored(tmp_path / "a", IDENTITY, np.arange(3)).of([0, 1])
+    logits = teacher(batches.stack([0, 1])[0]).flatten(0, 1)[:, :TOKENIZER.vocab_size]
+    live = TopK.of(log_probabilities(logits), K)
+    assert torch.equal(found.ids, live.ids), "a student whose head has fewer rows to spare has no such token"
+    torch.testing.assert_close(found.logps, live.logps, rtol=2e-3, atol=2e-3)  # float16
 
 
 @pytest.mark.parametrize("kind", ["text", "conversations"])
@@ -300,9 +311,11 @@ def test_killed_in_the_middle_it_goes_on_and_ends_in_the_same_bytes(tmp_path, sh
         write("cut")
     assert units == [2, 3], "what was there is asked again, or was lost"
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    write("joined")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # while the parts are joined
         patched.setattr(teachers, "file_checksum", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-        write("joined")
+        write("joined", np.arange(1, 8))
+    assert not (tmp_path / "joined" / "meta.json").exists(), "the old one vouches for new files"
     write("joined")
     assert contents(tmp_path / "joined") == contents(tmp_path / "whole")
 
@@ -340,8 +353,10 @@ def test_several_processes_write_the_bytes_of_one(tmp_path, shards, monkeypatch,
     monkeypatch.setattr(teachers, "UNIT", 3)
     monkeypatch.setattr(teachers, "AT_ONCE", 100)
     teacher, one = teacher_for(), batches_of(kind, shards)
-    windows = np.arange(one.windows)
+    windows, read = np.arange(one.windows), []
+    teacher.model.register_forward_pre_hook(lambda _, arguments: read.append(tuple(arguments[0].shape)))
     store(teacher, one, windows, K, 1.0, tmp_path / "one", IDENTITY, CPU)
+    alone, read[:] = sorted(read), []
     meeting, flags, errors = threading.Barrier(2), {}, []
 
     def process(rank):
@@ -357,8 +372,8 @@ def test_several_processes_write_the_bytes_of_one(tmp_path, shards, monkeypatch,
     for thread in threads:
         thread.join(timeout=120)
     assert not errors, errors
-    assert contents(tmp_path / "two") == contents(tmp_path / "one"), \
-        "do the last bits depend on how many windows a process holds at once?"
+    assert sorted(read) == alone, "the last bits depend on how many windows are read at once: always as many"
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow

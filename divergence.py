@@ -32,7 +32,7 @@ from plot import line_chart
 
 Kind = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"]
 KINDS = get_args(Kind)
-FLOOR = -100.0  # nats: less than e^-100 counts as that, so that a token of probability 0 costs finitely
+FLOOR = -100.0  # nats: less than e^-100 counts as that, so that what has probability 0 costs finitely
 
 
 class Divergence(NamedTuple):
@@ -71,10 +71,10 @@ def divergence(log_p: Tensor, log_q: Tensor, of: Divergence) -> Tensor:
         return (p * (log_p - log_q)).sum(dim=-1)
     if of.kind == "reverse":
         return (q * (log_q - log_p)).sum(dim=-1)
-    if of.kind == "jsd":  # Agarwal et al. 2023, Eq. 1 of section 2; its P is the teacher
+    if of.kind == "jsd":  # Agarwal et al. 2023, Eq. 1; its P is the teacher
         log_m = log_mixture(log_p, log_q, of.beta)
         return (of.beta * p * (log_p - log_m) + (1 - of.beta) * q * (log_q - log_m)).sum(dim=-1)
-    if of.kind == "skew_forward":  # Ko et al. 2024, Eq. 4
+    if of.kind == "skew_forward":  # Ko et al. 2024, section 3.1, both; their alpha is `skew`
         return (p * (log_p - log_mixture(log_p, log_q, of.skew))).sum(dim=-1)
     return (q * (log_q - log_mixture(log_p, log_q, 1 - of.skew))).sum(dim=-1)
 
@@ -109,7 +109,20 @@ def slopes(log_p: Tensor, log_q: Tensor, of: Divergence) -> Tensor:
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature), in float32 or better, nowhere below FLOOR."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits / temperature).log_softmax(dim=-1).clamp(min=FLOOR)
+    return Floored.apply((logits / temperature).log_softmax(dim=-1))
+
+
+class Floored(torch.autograd.Function):
+    """x, nowhere below FLOOR, with the gradient of x itself: clamp's would be 0 below it, and a student that
+    has ruled out what the teacher says would never learn it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clamp(min=FLOOR)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0,
@@ -127,10 +140,12 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, tem
     skew_reverse.
 
     Masked before anything is computed: what stands at other tokens may be infinite. A token of probability 0,
-    the student's or the teacher's, counts as one of e^-100, so that all is finite. Unlike TRL's GKD, the sum
+    the student's or the teacher's, costs as one of e^-100, so that all is finite. Unlike TRL's GKD, the sum
     has the factor T^2.
     """
     of = Divergence(kind, beta, skew, temperature).check()
+    if not 0 <= kd_weight <= 1:  # nan too
+        raise UserError(f"--kd_weight {kd_weight} is out of range; it must be 0 to 1")
     check_same_vocabulary(student_logits.size(-1), teacher_logits.size(-1))
     valid = targets != IGNORE
     student, targets = student_logits[valid], targets[valid]  # (N, V), (N,)
@@ -140,7 +155,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, tem
         log_q = log_probabilities(student, temperature)
         loss_sum = loss_sum + kd_weight * temperature ** 2 * divergence(log_p, log_q, of).sum()
     if kd_weight < 1:
-        ce = F.cross_entropy(student.to(loss_sum.dtype), targets, reduction="sum")
+        ce = F.nll_loss(log_probabilities(student), targets, reduction="sum")
         loss_sum = loss_sum + (1 - kd_weight) * ce
     return loss_sum, valid.sum()
 
@@ -162,7 +177,7 @@ class Live:
         self.hidden, self.weight = hidden, weight
 
     def log_p(self, rows: slice, of: Divergence, student: Tensor) -> tuple[Tensor, None]:
-        """Log-probabilities of these rows, (rows, V). V is the student's: the teacher's head may have more rows
+        """Log-probabilities of these rows, (rows, V). V is the student's: the teacher's head may have more
         or fewer, where both know the same tokens."""
         logits = self.hidden[rows].to(self.weight.dtype) @ self.weight.T
         spare = student.size(-1) - logits.size(-1)  # rows that no token has, on either side
@@ -261,7 +276,8 @@ class LinearKD(torch.autograd.Function):
 
 def rows_kd(logits: Tensor, teacher: Live | TopK | None, rows: slice, targets: Tensor, of: Divergence,
             kd_weight: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """((divergences, cross-entropies) summed (2,), the loss's gradient by the logits (rows, V)) of few rows."""
+    """((divergences, cross-entropies) summed (2,), the loss's gradient by the logits (rows, V)) of some rows.
+    """
     sums, grad = torch.zeros(2, dtype=torch.promote_types(logits.dtype, torch.float32),
                              device=logits.device), None
     log_q = None
@@ -317,7 +333,7 @@ def humps(x: Tensor, distance: float, share: float) -> Tensor:
     return log_mixture(left, right, share).log_softmax(dim=0)
 
 
-def fit(log_p: Tensor, x: Tensor, of: Divergence, starts: int = 7) -> tuple[Tensor, float]:
+def fit(log_p: Tensor, x: Tensor, of: Divergence, starts: int = 5, steps: int = 200) -> tuple[Tensor, float]:
     """(the log-probabilities on x of the one hump that is nearest to log_p, how far it lies away).
 
     A student whose logits are -(x - mean)^2 / (2 width^2); Adam from several means, of which the best counts.
@@ -325,8 +341,9 @@ def fit(log_p: Tensor, x: Tensor, of: Divergence, starts: int = 7) -> tuple[Tens
     best = (math.inf, log_p)
     for start in torch.linspace(float(x[0]) / 2, float(x[-1]) / 2, starts):
         mean, log_width = start.clone().requires_grad_(), torch.zeros((), requires_grad=True)
-        optimizer = torch.optim.Adam([mean, log_width], lr=0.05)
-        for _ in range(400):
+        optimizer = torch.optim.Adam([mean, log_width], lr=0.3)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / steps)
             log_q = log_probabilities(-((x - mean) / log_width.exp()) ** 2 / 2)
             value = divergence(log_p[None], log_q[None], of).sum()
             optimizer.zero_grad()
@@ -341,14 +358,16 @@ def main():
     if Path(settings.out).exists() and not settings.overwrite:
         raise UserError(f"--out {settings.out} exists; pass --overwrite to replace it, or another --out")
     show(settings)
-    x = torch.linspace(-10, 10, 401)
+    reach = settings.distance / 2 + 7  # seven standard deviations beyond both humps
+    x = torch.linspace(-reach, reach, 401)
     log_p = humps(x, settings.distance, settings.share)
     lines = {"teacher": log_p}
     for kind in ("forward", "reverse", "jsd"):
         lines[kind], value = fit(log_p, x, Divergence(kind))
         q = lines[kind].exp()
         mean = float(q @ x)
-        print(f"{kind:<10}{value:>8.4f} nats; a hump at {mean:+.2f}, of width {float(q @ (x - mean) ** 2) ** 0.5:.2f}")
+        width = float(q @ (x - mean) ** 2) ** 0.5
+        print(f"{kind:<10}{value:>8.4f} nats; a hump at {mean:+.2f}, of width {width:.2f}")
     step = float(x[1] - x[0])
     points = {name: list(zip(x.tolist(), (line.exp() / step).tolist())) for name, line in lines.items()}
     with open_whole(settings.out, "w") as file:

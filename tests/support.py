@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import config
+import data
 from model import ModelConfig, Transformer
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -48,6 +49,18 @@ def two_documents():
     document = torch.tensor([0] * 4 + [1] * 6)
     mask = torch.ones(10, 10, dtype=torch.bool).tril() & (document == document[:, None])
     return random_ids(1, 10), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), mask[None]
+
+
+def write_shards(folder, texts, tokenizer):
+    """Token shards as data.py writes them, of {split: texts}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.fingerprint, "end_of_text": tokenizer.special_tokens["<|endoftext|>"]}
+    for split, some in texts.items():
+        data.write_documents(folder / f"{split}.jsonl", [{"text": text} for text in some])
+        meta[split] = data.write_shard(folder, split, tokenizer, workers=1)
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return folder
 
 
 def in_process(monkeypatch, capsys, main, *arguments):

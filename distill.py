@@ -355,7 +355,7 @@ def learn(settings: Settings, model: Transformer, tokenizer: Tokenizer, teacher:
     teacher.to(env.device)
     figures = {"teacher": evaluate(teacher, val, held_out_loss, env)} if settings.needs_teacher else {}
     if settings.top_k:
-        lessons = Lessons(batches, stored_answers(settings, teacher, batches, identity, env))
+        lessons = Lessons(batches, stored_answers(settings, teacher, tokenizer, batches, identity, env))
     else:
         lessons = Lessons(batches)
         live = frozen(teacher, env) if settings.needs_teacher else None
@@ -462,8 +462,8 @@ def fingerprint_of_start(settings: Settings) -> str | None:
     return weights_of(settings.init_from) if settings.init_from else None
 
 
-def stored_answers(settings: Settings, teacher: Transformer, batches: Batches, identity: dict,
-                   env: Env) -> Stored:
+def stored_answers(settings: Settings, teacher: Transformer, tokenizer: Tokenizer, batches: Batches,
+                   identity: dict, env: Env) -> Stored:
     """The folder of the teacher's answers about all windows of this run; made if missing."""
     places = settings.steps * settings.batch_size
     windows = np.unique(batches.at_places(range(min(places, batches.windows))))
@@ -476,7 +476,8 @@ def stored_answers(settings: Settings, teacher: Transformer, batches: Batches, i
     folder = Path(settings.stored) if settings.stored else data / name if data.is_dir() else \
         data.with_name(f"{data.name}.{name}")
     if not env.any((folder / "meta.json").exists(), patient=True):
-        store(teacher, batches, windows, settings.top_k, settings.temperature, folder, known, env)
+        store(teacher, batches, windows, settings.top_k, settings.temperature, folder, known, env,
+              tokenizer.vocab_size)
     else:
         env.say(f"the teacher's answers: {folder}")
     return Stored(folder, known, windows, verify=env.rank == 0)

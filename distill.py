@@ -36,7 +36,7 @@ from batches import IGNORE, Batches, Wrapped
 from bpe import Tokenizer
 from chat import TEMPLATES
 from config import UserError, open_whole, parse, require, run, show
-from divergence import Divergence, Kind, TopK, linear_kd_loss
+from divergence import Divergence, Kind, TopK, kd_loss, linear_kd_loss  # noqa: F401: kd_loss for others
 from dpo import divergence as kl_from
 from dpo import frozen
 from lora import Adapter, add_adapter, base_of, effective_weight, load_base, open_model
@@ -109,14 +109,19 @@ def held_out_loss(model: Transformer, batch: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 class Lessons(Wrapped):
-    """Batches as lessons; with `stored`, together with what the teacher said about them."""
+    """Batches as lessons; with `stored`, together with what the teacher said about them.
 
-    def __init__(self, batches: Batches, stored: Stored | None = None):
+    places: so many of the endless row have stored answers. A run that was rolled back passes over windows,
+    and needs more of them in the end: it sees the first ones again.
+    """
+
+    def __init__(self, batches: Batches, stored: Stored | None = None, places: int = 0):
         super().__init__(batches)
-        self.stored = stored
+        self.stored, self.places = stored, places
 
     def at(self, step: int) -> tuple[Lesson]:
-        windows = self.batches.at_places(self.batches.numbers(step))
+        numbers = self.batches.numbers(step)
+        windows = self.batches.at_places([i % self.places for i in numbers] if self.places else numbers)
         lesson = Lesson(*self.batches.stack(windows))
         lesson.top = self.stored.of(windows) if self.stored else None
         return lesson,
@@ -333,10 +338,9 @@ def distil(settings: Settings, env: Env) -> None:
         open_conversations(settings, tokenizer, env)
     if settings.steps is None:
         settings.steps = math.ceil(batches.windows * settings.epochs / settings.batch_size)
+    env.say(add_adapter(model, settings))
     if settings.match == "hidden":
         add_projection(model, teacher.config.dim, settings.seed)
-    env.say(add_adapter(model, settings) if settings.lora_rank else
-            f"trained: all of {sum(p.numel() for p in model.parameters()):,} parameters")
     with contextlib.ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
         env.first(lambda: stack.enter_context(open_run_folder(settings)))
@@ -355,7 +359,8 @@ def learn(settings: Settings, model: Transformer, tokenizer: Tokenizer, teacher:
     teacher.to(env.device)
     figures = {"teacher": evaluate(teacher, val, held_out_loss, env)} if settings.needs_teacher else {}
     if settings.top_k:
-        lessons = Lessons(batches, stored_answers(settings, teacher, tokenizer, batches, identity, env))
+        lessons = Lessons(batches, stored_answers(settings, teacher, tokenizer, batches, identity, env),
+                          settings.steps * settings.batch_size)
     else:
         lessons = Lessons(batches)
         live = frozen(teacher, env) if settings.needs_teacher else None
@@ -509,8 +514,7 @@ def report(settings: Settings, figures: dict, last: dict, questions: list[dict],
 def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> dict[str, float]:
     """What a model's answers to held-out questions are like, each figure a mean.
 
-    distinct: pairs of neighbouring words that are different, as a share of all in the samples (Li et al.
-    2016, distinct-2). from the teacher: KL(student | teacher) in nats an answer, from the student's samples.
+    from the teacher: KL(student | teacher) in nats an answer, from the student's samples.
     """
     model, tokenizer = open_model(folder, env.device)
     found = rejection.measure(model, tokenizer, questions, settings)
@@ -529,7 +533,10 @@ def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> 
 
 
 def distinct(texts: Sequence[str]) -> float:
-    """Different pairs of neighbouring words over all such pairs, 0 to 1. By hand: "a b a b" has 2 of 3."""
+    """Different pairs of neighbouring words over all such pairs, 0 to 1. By hand: "a b a b" has 2 of 3.
+
+    Li et al. 2016's distinct-2, but they divide by the number of words.
+    """
     pairs = Counter(pair for text in texts for words in [text.split()] for pair in zip(words, words[1:]))
     return len(pairs) / max(1, pairs.total())
 

@@ -18,7 +18,7 @@ from bpe import Tokenizer
 from chat import CHATML, render, with_chat_tokens
 from checkpoint import load_model, save_model
 from distill import Lesson, Lessons, OnPolicy, distinct, last_prompt, lesson_loss
-from divergence import TopK, kd_loss, log_probabilities
+from divergence import Divergence, TopK, kd_loss, log_probabilities
 from lora import add_lora
 from objectives import next_token_loss
 from parallel import Env
@@ -57,11 +57,10 @@ def packed(number=8, batch_size=2, seq_len=64, **place):
 
 
 def settings_for(**changes):
-    known = {"kd_weight": 0.5, "match": None, "match_weight": 1.0, "kind": "forward", "beta": 0.5, "skew": 0.1,
-             "temperature": 1.0, **changes}
-    settings = SimpleNamespace(**known)
-    settings.divergence = distill.Divergence(*(known[name] for name in ("kind", "beta", "skew", "temperature")))
-    return settings
+    of = {"kind": "forward", "beta": 0.5, "skew": 0.1, "temperature": 1.0}
+    of |= {name: changes[name] for name in of if name in changes}
+    return SimpleNamespace(**{"kd_weight": 0.5, "match": None, "match_weight": 1.0, **of, **changes},
+                           divergence=Divergence(**of))
 
 
 # ---- the loss of a lesson ----------------------------------------------------------------------------------
@@ -73,7 +72,8 @@ def a_batch():
     return inputs, targets, documents
 
 
-@pytest.mark.parametrize("changes", [{}, dict(kind="reverse", temperature=2.0), dict(kind="jsd", kd_weight=1.0),
+@pytest.mark.parametrize("changes", [{}, dict(kind="reverse", temperature=2.0),
+                                     dict(kind="jsd", kd_weight=1.0),
                                      dict(kind="skew_reverse", kd_weight=0.3)], ids=str)
 def test_a_lessons_loss_is_that_of_both_models_logits_where_no_document_sees_another(changes):
     settings, (inputs, targets, documents) = settings_for(**changes), a_batch()
@@ -112,7 +112,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
     teacher, student = model_for(), model_for()
     for kind in ("forward", "reverse", "jsd"):
         student.zero_grad()
-        loss, _, _ = lesson_loss(student, (Lesson(*a_batch()),), teacher, settings_for(kind=kind, kd_weight=1.0))
+        settings = settings_for(kind=kind, kd_weight=1.0)
+        loss, _, _ = lesson_loss(student, (Lesson(*a_batch()),), teacher, settings)
         loss.backward()
         assert abs(loss.item()) < 1e-3, "some 40 tokens' rounding of float32"
         assert max(p.grad.abs().max().item() for p in student.parameters()) < 1e-3
@@ -159,6 +160,8 @@ def test_lessons_are_the_batches_and_bring_the_stored_answers_about_their_window
         for ours, theirs in zip((lesson.inputs, lesson.targets, lesson.documents), batches.at(step)):
             assert torch.equal(ours, theirs)
         assert torch.equal(batches.stack(lesson.top)[0], lesson.inputs), "answers about other windows"
+    first, again = (Lessons(batches, Recorded(), places=8).at(step)[0] for step in (1, 5))
+    assert torch.equal(first.inputs, again.inputs), "after a rollback there are stored answers still"
 
 
 def test_the_last_prompt_ends_where_the_last_reply_begins():
@@ -231,8 +234,9 @@ def test_a_student_comes_to_say_what_its_teacher_says(tmp_path):
 
 def run_settings(tmp_path, **changes):
     return distill.Settings(**{"out": str(tmp_path / "run"), "data": str(tmp_path / "chats.jsonl"),
-                               "seq_len": 64, "batch_size": 4, "steps": 6, "compile": False, "warmup_steps": 2,
-                               "precision": "fp32", "questions": 0, "device": "cpu", **changes})
+                               "seq_len": 64, "batch_size": 4, "steps": 6, "compile": False,
+                               "warmup_steps": 2, "precision": "fp32", "questions": 0, "device": "cpu",
+                               **changes})
 
 
 def test_micro_batches_change_nothing(tmp_path):
@@ -269,8 +273,8 @@ def place(tmp_path_factory):
     for number in range(30):
         words = " ".join(rng.choice(["the", "then", "other", "x"]) for _ in range(60))
         (folder / "texts" / f"{number}.txt").write_text(words, "utf-8")
-    data.prepare(data.Settings(input=(str(folder / "texts"),), out=str(folder / "text"), val_fraction=0.2, workers=1,
-                               tokenizer=str(folder / "teacher")))
+    data.prepare(data.Settings(input=(str(folder / "texts"),), out=str(folder / "text"), val_fraction=0.2,
+                               workers=1, tokenizer=str(folder / "teacher")))
     return folder
 
 
@@ -318,7 +322,8 @@ def test_a_run_on_plain_text_is_measured_in_bits_per_byte(place, tmp_path, comma
 @pytest.mark.parametrize("data, changes", [
     ("chat", dict(kind="reverse", kd_weight=1)), ("chat", dict(on_policy=0.5)), ("chat", dict(top_k=8)),
     ("chat", dict(match="attention")), ("chat", dict(match="hidden", match_weight=0.1)),
-    ("chat", dict(lora_rank=2)), ("chat", dict(kd_weight=0)), ("chat", dict(init_from=None, student="layers")),
+    ("chat", dict(lora_rank=2)), ("chat", dict(kd_weight=0)), ("chat", dict(lora_rank=2, match="hidden")),
+    ("chat", dict(init_from=None, student="layers")),
     ("chat", dict(kind="jsd", beta=1, lora_rank=2, on_policy=1)),
     ("text", dict(top_k=8, temperature=2)), ("text", dict(init_from=None, student="layers")),
     ("text", dict(init_from=None, student="width", dim=24, n_heads=2, ffn_dim=32)),
@@ -355,15 +360,15 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path
                                                                  changes):
     words = dict(steps=6, questions=0, stored=tmp_path / "answers" if "top_k" in changes else None, **changes)
     assert command(arguments(place, tmp_path / "whole", data, **words))[0] == 0
-    at, seen = Lessons.at, []
+    kind = OnPolicy if "on_policy" in changes else Lessons
+    at, stopped = kind.at, []
 
-    def stops(self, step):
-        seen.append(step)
-        if step == 3 and seen.count(3) == 1:
+    def stops_once(self, step):
+        if step == 3 and not stopped:
+            stopped.append(step)
             raise KeyboardInterrupt
         return at(self, step)
-    monkeypatch.setattr(Lessons, "at", stops)
-    monkeypatch.setattr(OnPolicy, "at", lambda self, step, at=OnPolicy.at: (stops(self.batches, step), at(self, step))[1])
+    monkeypatch.setattr(kind, "at", stops_once)
     assert command(arguments(place, tmp_path / "cut", data, **words))[0] != 0
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     code, _, err = command(arguments(place, tmp_path / "cut", data, **words))
@@ -401,13 +406,15 @@ def alone(place, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"}, {"data_parallel": "fsdp", "match": "hidden"},
+@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"},
+                                    {"data_parallel": "fsdp", "match": "hidden"},
                                     {"data_parallel": "fsdp", "top_k": 4},
                                     {"data_parallel": "fsdp", "lora_rank": 2}], ids=str)
 def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
     same = {name: value for name, value in layout.items() if name != "data_parallel"}
     one = alone(**same)
-    two = run_stage("distill.py", arguments(place, tmp_path / "two", questions=0, steps=3, **layout), processes=2)
+    two = run_stage("distill.py", arguments(place, tmp_path / "two", questions=0, steps=3, **layout),
+                    processes=2)
     for a, b in zip(one, two, strict=True):
         assert a["targets"] == b["targets"]
         for name in ("loss_nats_per_token", "grad_norm", "kd_nats_per_token", "ce_nats_per_token"):
@@ -475,8 +482,9 @@ def foreign(tmp_path_factory):
     save_model(model_for(), other, folder / "foreign")
     (folder / "a.txt").write_text("about the abbey " * 200, "utf-8")
     (folder / "b.txt").write_text("an abbot's sabbath " * 200, "utf-8")
-    data.prepare(data.Settings(input=(str(folder / "a.txt"), str(folder / "b.txt")), out=str(folder / "shards"),
-                               val_fraction=0.5, workers=1, tokenizer=str(folder / "foreign")))
+    texts = str(folder / "a.txt"), str(folder / "b.txt")
+    data.prepare(data.Settings(input=texts, out=str(folder / "shards"), val_fraction=0.5, workers=1,
+                               tokenizer=str(folder / "foreign")))
     return folder
 
 

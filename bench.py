@@ -60,8 +60,8 @@ from survive import local_part
 @dataclass
 class Settings:
     only: tuple[Literal["training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "distill",
-                        "rollouts", "dedup", "scale", "memory", "gpu", "held"], ...] = ("training", "loss", "sharding",
-                                                          "decoding")  # what to measure
+                        "rollouts", "dedup", "scale", "memory", "gpu", "held"], ...] = (
+        "training", "loss", "sharding", "decoding")  # what to measure
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
     json: str | None = None  # also write all figures into this file
@@ -92,8 +92,9 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "distill": distillation, "rollouts": rollouts,
-                "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu, "held": held_bytes}
+                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "distill": distillation,
+                "rollouts": rollouts, "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu,
+                "held": held_bytes}
     figures = {}
     for name in settings.only:
         ALTERNATIONS.clear()
@@ -430,8 +431,7 @@ def preferences(rounds: int):
         print(f"a DPO step, {count_parameters(config):,} parameters, {DPO_PAIRS} pairs of "
               f"{synthetic_lengths()}, fp32, {torch.get_num_threads()} threads")
         for name, value in seconds.items():
-            peak = in_a_fresh_process(f"print(bench.dpo_peak(*{name.split()!r}, {size!r}))",
-                                      MALLOC_MMAP_THRESHOLD_="65536")
+            peak = peak_of_step(f"dpo_step(*{name.split()!r}, {size!r})")
             speed = seconds[f"TRL {name.split()[1]}"] / value
             print(f"  {name:<14}{value * 1e3:>9.1f} ms{speed:>7.2f} x TRL's speed, {peak / 2 ** 20:,.0f} MiB "
                   f"above the start", flush=True)
@@ -520,17 +520,17 @@ def padded_pairs(pairs: list) -> dict[str, torch.Tensor]:
     return batch
 
 
-def dpo_peak(who: str, reference: str, size: str) -> int:
-    """The most memory that two steps take above what stood before them: weights and moments not counted."""
-    step = dpo_step(who, reference, size)
-    step()
-    gc.collect()
-    before = resident_peak("VmRSS")
-    step()
-    return resident_peak() - before
+def peak_of_step(code: str) -> int:
+    """The most bytes that a second step takes above what stood before it: not weights and moments.
+
+    code: makes the step, of this file's functions. In a fresh process, which gives back what it frees.
+    """
+    return in_a_fresh_process(f"step = bench.{code}\nstep()\nbench.gc.collect()\n"
+                              f"before = bench.resident_peak('VmRSS')\nstep()\n"
+                              f"print(bench.resident_peak() - before)", MALLOC_MMAP_THRESHOLD_="65536")
 
 
-# ---- a step of distillation, beside TRL's -------------------------------------------------------------------
+# ---- a step of distillation, beside TRL's -----------------------------------------------------------------
 
 KD_TOKENS = (16, 128)  # windows, tokens a window
 KD_SIZES = {  # of student and teacher
@@ -545,14 +545,13 @@ def distillation(rounds: int):
     for size, (student, teacher) in KD_SIZES.items():
         sides = {f"{who} {kind}": kd_step(who, kind, size)
                  for kind in ("forward", "jsd") for who in ("TRL", "plain", "ours")}
-        sides |= {"ours alone": kd_step("ours", "alone", size), "ours top-64": kd_step("ours", "top-64", size)}
+        sides |= {f"ours {kind}": kd_step("ours", kind, size) for kind in ("alone", "top-64")}
         seconds = alternate(rounds, **sides)
         own, whole = (count_parameters(ModelConfig(**shape)) for shape in (student, teacher))
         print(f"a step of distillation, {own:,} parameters from {whole:,}, {KD_TOKENS[0]} x {KD_TOKENS[1]} "
               f"tokens, V = {student['vocab_size']:,}, fp32, {torch.get_num_threads()} threads")
         for name, value in seconds.items():
-            peak = in_a_fresh_process(f"print(bench.kd_peak(*{name.split()!r}, {size!r}))",
-                                      MALLOC_MMAP_THRESHOLD_="65536")
+            peak = peak_of_step(f"kd_step(*{name.split()!r}, {size!r})")
             beside = seconds.get(f"TRL {name.split()[1]}")
             speed = f"{beside / value:>7.2f} x TRL's speed" if beside else " " * 21
             print(f"  {name:<14}{value * 1e3:>9.1f} ms{speed}, {peak / 2 ** 20:,.0f} MiB above the start",
@@ -615,16 +614,6 @@ def kd_peer_step(student: ModelConfig, teacher: ModelConfig, ids: torch.Tensor, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return step
-
-
-def kd_peak(who: str, kind: str, size: str) -> int:
-    """The most memory that a step takes above what stood before it: weights and moments not counted."""
-    step = kd_step(who, kind, size)
-    step()
-    gc.collect()
-    before = resident_peak("VmRSS")
-    step()
-    return resident_peak() - before
 
 
 # ---- generation, beside transformers' ----------------------------------------------------------------------

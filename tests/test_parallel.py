@@ -171,8 +171,8 @@ def reference(changes, cache={}):  # noqa: B006: one process's curve, computed o
 def check_parity(names, variants, optimizers=("muon",)):
     """Losses and gradient norms of 20 steps, in each layout, against those of one process.
 
-    Techniques, on two cores the slowest of all tests, are followed for 3: what is added up wrongly shows in the
-    first gradient norm, what is learnt from it in the second loss, and what the optimizer keeps in the third.
+    Techniques, on two cores the slowest of all tests, are followed for 3: what is added up wrongly shows in
+    the first gradient norm, what is learnt from it in the second loss, what the optimizer keeps in the third.
     """
     cases = list(itertools.product(names, variants, optimizers))
     for world_size in (2, 4):

@@ -283,7 +283,7 @@ def in_worlds(function, chosen, arguments):
 
 
 def check_pairs(tmp_path, names, optimizer):
-    """Each layout loads what each has saved; and goes on with what it has saved itself, and the next one has."""
+    """Each layout loads what each saved; and goes on with what it saved itself, and what the next one did."""
     chosen = {name: (size, {**changes, "optimizer": optimizer})
               for name, (size, changes) in layouts(names).items()}
     saved = in_worlds(task_save, chosen, lambda name: [((), (str(tmp_path / name),))])

@@ -1,11 +1,15 @@
 """What several of the tests need: models in which every weight matters, and numbers from a seed."""
+import functools
 import json
+import multiprocessing
 import os
-import signal
+import random
+import runpy
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -74,51 +78,107 @@ def in_process(monkeypatch, capsys, main, *arguments):
     return code, *capsys.readouterr()
 
 
-# ---- stages as users start them ----------------------------------------------------------------------------
+# ---- stages as programs ------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@functools.cache
+def warm_processes():
+    """A multiprocessing context whose processes are forked from one that has imported torch already.
+
+    Importing is most of what a short process costs. They are processes of their own all the same; only the
+    seed of str's hash is one for all: what hangs on it shows in the runs that are started as users do.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "pytest"])
+    path = os.environ.get("PYTHONPATH")  # Python hands sys.path over only after the preloading
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [path])])
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+    return context
+
+
 def program(script, words, processes=1):
-    """(command, environment) of a script with these words, under torchrun where there are several processes."""
+    """(command, environment) of a script as users start it: under torchrun, if in several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *words]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *map(str, words)]
     return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
-def run_stage(script, words, processes=1):
-    """The lines of the log that it leaves in its --out."""
-    command, environment = program(script, words, processes)
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = Path(words[words.index("--out") + 1], "log.jsonl")
-    return [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+def as_program(script, words, environment, output):
+    """What a process does that shall be `python script words`, but has imported torch already."""
+    with open(output, "ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+            stream.reconfigure(encoding="utf-8")
+    os.environ |= environment
+    torch.set_num_threads(1)
+    sys.argv = [script, *map(str, words)]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def start(script, words, output, processes=1):
+    """Start a script in so many warm processes, without torchrun; returns them. They print into `output`."""
+    context, port, started = warm_processes(), random.randint(20000, 32000), []  # below the ports of clients
+    for rank in range(processes):
+        environment = {} if processes == 1 else {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        started.append(context.Process(target=as_program, args=(script, words, environment, output)))
+        started[-1].start()
+    return started
+
+
+def finish(started, output):
+    """Wait for them; all must have ended well."""
+    for process in started:
+        process.join(timeout=300)
+    codes = [process.exitcode for process in started]
+    assert codes == [0] * len(started), f"exit codes {codes}: {said_in(output)[-3000:]}"
+
+
+def said_in(output):
+    return Path(output).read_text("utf-8", errors="replace")
+
+
+def run_stage(script, words, processes=1, torchrun=False):
+    """The lines of the log that it leaves in its --out. torchrun: as users start it, seconds slower."""
+    out = Path(words[words.index("--out") + 1])
+    if torchrun:
+        command, environment = program(script, words, processes)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace",
+                              env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        output = out.with_name(f"{out.name} said")
+        finish(start(script, words, output, processes), output)
+    return [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def check_a_killed_run(script, words_for, folder):
     """A run of two processes, twelve steps, that is killed goes on and ends in the bytes of one that is not.
 
-    words_for: what its command is, of its --out. Needs /proc.
+    words_for: what its command is, of its --out. It goes on under torchrun, so that neither the launcher nor
+    the seed of str's hash, which each new Python draws, may matter.
     """
     run_stage(script, words_for(folder / "whole"), processes=2)
     words = words_for(folder / "killed")
     kill_in_the_middle(script, words, folder / "output")
-    assert [line["step"] for line in run_stage(script, words, processes=2)] == list(range(1, 13))
+    assert [line["step"] for line in run_stage(script, words, 2, torchrun=True)] == list(range(1, 13))
     whole, killed = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed, "what was learnt before the kill, or from what it was after it, were others"
 
 
-def kill_in_the_middle(script, words, output, processes=2):
-    """Start it, and kill -9 all its processes once there is a state of a step that ends in 4. Needs /proc."""
-    command, environment = program(script, words, processes)
-    folder = Path(words[words.index("--out") + 1])
-    with open(output, "wb") as file:
-        first = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-        while not list(folder.glob("state/step_*4")) and first.poll() is None:
-            time.sleep(0.01)
-        assert first.poll() is None, output.read_text("utf-8", errors="replace")[-3000:]
-        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text(encoding="ascii").split()
-        for pid in (first.pid, *map(int, workers)):  # torchrun before those that it would tidy up
-            os.kill(pid, signal.SIGKILL)
-        first.wait()
+def kill_in_the_middle(script, words, output):
+    """Start it in two processes, and kill -9 both once there is a state of a step that ends in 4."""
+    folder, started = Path(words[words.index("--out") + 1]), start(script, words, output, processes=2)
+    while not list(folder.glob("state/step_*4")) and all(process.is_alive() for process in started):
+        time.sleep(0.01)
+    assert all(process.is_alive() for process in started), said_in(output)[-3000:]
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join()

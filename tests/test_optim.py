@@ -23,6 +23,7 @@ import optim
 from model import ModelConfig, Transformer
 from optim import (NEWTON_SCHULZ, SCHEDULES, Adafactor, Muon, describe_groups, learning_rate, make_optimizer,
                    orthogonalize, parameter_groups, picture)
+from support import warm_processes
 
 LOW, HIGH = 0.68, 1.14  # where optim.py says that singular values from 0.01 on end
 
@@ -572,7 +573,7 @@ def a_process(rank, processes, store, results):
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
     """What each of 2 and of 4 processes found: pieces[processes][rank][layout, optimizer]."""
-    context, found = torch.multiprocessing.get_context("spawn"), {}
+    context, found = warm_processes(), {}
     for count in LAYOUTS:
         results, store = context.Queue(), str(tmp_path_factory.mktemp("store") / "file")
         processes = [context.Process(target=a_process, args=(rank, count, store, results))

@@ -4,6 +4,7 @@ import math
 import os
 import queue as queues
 import random
+import time
 import traceback
 
 import pytest
@@ -16,6 +17,7 @@ from config import UserError
 from model import ModelConfig, Transformer
 from objectives import next_token_loss
 from parallel import Compute, Env, mesh_sizes, parallelize
+from support import warm_processes
 
 CPU = Env(torch.device("cpu"))
 STEPS = 20
@@ -119,10 +121,22 @@ def process(rank, world_size, port, tasks, queue):
     dist.destroy_process_group()
 
 
+def next_result(queue, processes, timeout):
+    """Raises queues.Empty after the timeout, or once there is nobody left who could send one."""
+    deadline = time.monotonic() + timeout
+    while True:
+        ended = not any(one.is_alive() for one in processes)  # asked first: they may have sent it since
+        try:
+            return queue.get(timeout=0.5)
+        except queues.Empty:
+            if ended or time.monotonic() > deadline:
+                raise
+
+
 def in_processes(world_size, tasks, timeout=400):
     """{name: [each process's function(*arguments)]} of tasks (name, function, arguments), made one by one."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue, port = context.Queue(), random.randint(20000, 60000)
+    context = warm_processes()
+    queue, port = context.Queue(), random.randint(20000, 32000)
     processes = [context.Process(target=process, args=(rank, world_size, port, tasks, queue), daemon=True)
                  for rank in range(world_size)]
     for one in processes:
@@ -130,11 +144,11 @@ def in_processes(world_size, tasks, timeout=400):
     results = {name: [None] * world_size for name, _, _ in tasks}
     try:
         for _ in range(world_size * len(tasks)):
-            rank, name, result = queue.get(timeout=timeout)
+            rank, name, result = next_result(queue, processes, timeout)
             results[name][rank] = result
     except queues.Empty:
         codes = [one.exitcode for one in processes]  # None: it runs still; negative: ended by that signal
-        lost = f"no result after {timeout} s; exit codes of the processes: {codes}"
+        lost = f"no result within {timeout} s; exit codes of the processes: {codes}"
         results = {name: [lost if one is None else one for one in found] for name, found in results.items()}
     for one in processes:
         one.join(timeout=20)
@@ -157,8 +171,8 @@ def reference(changes, cache={}):  # noqa: B006: one process's curve, computed o
 def check_parity(names, variants, optimizers=("muon",)):
     """Losses and gradient norms of 20 steps, in each layout, against those of one process.
 
-    Techniques, on two cores the slowest of all tests, are followed for 3: what is added up wrongly shows in the
-    first gradient norm, what is learnt from it in the second loss, and what the optimizer keeps in the third.
+    Techniques, on two cores the slowest of all tests, are followed for 3: what is added up wrongly shows in
+    the first gradient norm, what is learnt from it in the second loss, what the optimizer keeps in the third.
     """
     cases = list(itertools.product(names, variants, optimizers))
     for world_size in (2, 4):

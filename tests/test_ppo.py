@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -822,7 +821,6 @@ def test_fsdp_gathers_the_weights_that_ddp_holds(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
     common = dict(steps=12, save_every=2, questions=0, data_parallel="fsdp", rewards="model")
     check_a_killed_run("ppo.py", lambda out: arguments(place, out, **common), tmp_path)

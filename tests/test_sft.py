@@ -650,7 +650,6 @@ def test_two_processes_learn_what_one_does(base, tmp_path, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(base, tmp_path):
     common = dict(steps=12, save_every=2, questions=2, data_parallel="fsdp")
     check_a_killed_run("sft.py", lambda out: arguments(base, out, **common), tmp_path)

@@ -283,7 +283,7 @@ def in_worlds(function, chosen, arguments):
 
 
 def check_pairs(tmp_path, names, optimizer):
-    """Each layout loads what each has saved; and goes on with what it has saved itself, and the next one has."""
+    """Each layout loads what each saved; and goes on with what it saved itself, and what the next one did."""
     chosen = {name: (size, {**changes, "optimizer": optimizer})
               for name, (size, changes) in layouts(names).items()}
     saved = in_worlds(task_save, chosen, lambda name: [((), (str(tmp_path / name),))])
@@ -322,7 +322,7 @@ def task_slow_disk(out):
     """A state takes longer to write than another process may keep the others waiting: that is no hang."""
     import checkpoint
     plain = checkpoint.sha256
-    checkpoint.sha256 = lambda path: (time.sleep(2), plain(path))[1]
+    checkpoint.sha256 = lambda path: (time.sleep(1), plain(path))[1]  # a state is five files
     settings = settings_for(out=out, timeout_minutes=0.04, steps=2, save_every=1)
     env = train.setup(settings)
     batches = Windows(4, env.data_rank, env.data_world_size)

@@ -1,6 +1,7 @@
 """train.py, parallel.py: the loop is exact (accumulation, processes), survives kills bit for bit, and says
 what is wrong.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -73,23 +74,27 @@ def shards(tmp_path_factory):
     return out
 
 
+def flags(shards, out, arguments):
+    return ["--data", str(shards), "--out", str(out), *arguments]
+
+
 def run_train(shards, out, *arguments, processes=1, check=True, **options):
     """train.py as a user runs it; the finished process, with its output."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launcher = launcher if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out),
-               *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    command, environment = support.program("train.py", flags(shards, out, arguments), processes)
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment,
                           timeout=300, **options)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
+def run_warm(shards, out, *arguments, processes=1):
+    """train.py in processes that need not import torch; its log."""
+    return support.run_stage("train.py", flags(shards, out, arguments), processes)
+
+
 def in_process(monkeypatch, capsys, shards, out, *arguments):
     """Exit code and error output of train.py, without the seconds that a new process costs."""
-    words = "--data", shards, "--out", out, *arguments
-    code, _, errors = support.in_process(monkeypatch, capsys, train.main, *words)
+    code, _, errors = support.in_process(monkeypatch, capsys, train.main, *flags(shards, out, arguments))
     return code, errors
 
 
@@ -431,9 +436,11 @@ def test_transformers_opens_the_folder_with_equal_logits_and_ids(finished):
         torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=0, atol=1e-5)
 
 
-def test_a_finished_run_says_so_again_and_changes_nothing(finished, shards):
+def test_a_finished_run_says_so_again_and_changes_nothing(monkeypatch, capsys, finished, shards):
     before, log = digest(finished[1]), log_of(finished[1])
-    again = run_train(shards, finished[1], *SMALL, "--save_every", "4").stdout
+    again = flags(shards, finished[1], [*SMALL, "--save_every", "4"])
+    code, again, errors = support.in_process(monkeypatch, capsys, train.main, *again)
+    assert code == 0, errors
     assert again.strip().splitlines()[-1] == finished[0].strip().splitlines()[-1]
     assert digest(finished[1]) == before and log_of(finished[1]) == log
 
@@ -445,21 +452,23 @@ def test_the_same_command_gives_the_same_bytes(finished, shards, tmp_path):
 
 def stopped_and_started_again(shards, out, moments, how, arguments):
     """Run train.py, end it by signal `how` once each of `moments` steps is logged; then let it finish."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out), *arguments]
+    output = out.with_name("output")
     for moment in moments:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        log, deadline = Path(out) / "log.jsonl", time.time() + 120
-        while process.poll() is None and time.time() < deadline:
+        output.unlink(missing_ok=True)
+        [process] = support.start("train.py", flags(shards, out, arguments), output)
+        log, deadline = out / "log.jsonl", time.time() + 120
+        while process.is_alive() and time.time() < deadline:
             if log.exists() and log.read_bytes().count(b"\n") >= moment:
                 break
             time.sleep(0.002)
-        process.send_signal(how)
-        output = process.communicate(timeout=120)[0].decode("utf-8", "replace")
-        assert process.returncode in (0, -how, 128 + how), output[-2000:]
-        if how != signal.SIGKILL and process.returncode:
-            assert "the same command goes on from there" in output and "Traceback" not in output
-    return run_train(shards, out, *arguments)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(process.pid, how)
+        process.join(timeout=120)
+        said = support.said_in(output)
+        assert process.exitcode in (0, -how, 128 + how), said[-2000:]
+        if how != signal.SIGKILL and process.exitcode:
+            assert "the same command goes on from there" in said and "Traceback" not in said
+    run_warm(shards, out, *arguments)
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
@@ -479,7 +488,7 @@ def test_a_run_on_a_mixture_that_is_killed_in_its_second_phase_ends_in_the_same_
     phases = [{"share": 0.5, "weights": {"one": 1}}, {"share": 0.5, "weights": {"one": 0.4, "two": 0.6}}]
     mix.write_text(json.dumps({"sources": {"one": str(shards), "two": str(shards)}, "phases": phases}),
                    encoding="utf-8")
-    run_train(mix, tmp_path / "whole", *SMALL, "--save_every", "4")
+    run_warm(mix, tmp_path / "whole", *SMALL, "--save_every", "4")
     stopped_and_started_again(mix, tmp_path / "run", [9], signal.SIGKILL, [*SMALL, "--save_every", "4"])
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 13))
@@ -501,9 +510,9 @@ def test_a_dozen_kills_inside_steps_and_saves_change_nothing(finished, shards, t
 def test_two_processes_give_the_losses_of_one(shards, tmp_path):
     # two epochs: each has a partial window
     arguments = [*SMALL, "--steps", "20", "--micro_batch_size", "2", "--seq_len", "500"]
-    run_train(shards, tmp_path / "one", *arguments)
+    one = run_warm(shards, tmp_path / "one", *arguments)
     run_train(shards, tmp_path / "two", *arguments, processes=2)
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    two = log_of(tmp_path / "two")
     assert len({line["targets"] for line in one}) > 1, "the shard's last, partial window should be among them"
     for a, b in zip(one, two, strict=True):
         assert a["targets"] == b["targets"]
@@ -532,7 +541,7 @@ def test_a_process_killed_under_torchrun_is_started_again_and_the_run_ends_the_s
     if not Path("/proc").exists():
         pytest.skip("the processes of torchrun are found in /proc")
     arguments = [*SMALL, "--steps", "60", "--save_every", "2"]
-    run_train(shards, tmp_path / "whole", *arguments, processes=2)
+    run_warm(shards, tmp_path / "whole", *arguments, processes=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "--max-restarts", "3", str(ROOT / "train.py"), "--data", str(shards), "--out",
                str(tmp_path / "run"), "--overwrite", *arguments]  # which must not delete the run at a restart
@@ -552,17 +561,15 @@ def test_a_process_killed_under_torchrun_is_started_again_and_the_run_ends_the_s
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_sigusr1_asks_for_an_evaluation(shards, tmp_path):
     out, asked = tmp_path / "run", False
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(out), *SMALL,
-               "--steps", "60"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None:
+    arguments = flags(shards, out, [*SMALL, "--steps", "60"])
+    [process] = support.start("train.py", arguments, tmp_path / "output")
+    while process.is_alive():
         if not asked and (out / "log.jsonl").exists() and log_of(out):
-            process.send_signal(signal.SIGUSR1)
+            os.kill(process.pid, signal.SIGUSR1)
             asked = True
         time.sleep(0.002)
     evaluated = [line["step"] for line in log_of(out) if "val_bits_per_byte" in line]
-    assert process.returncode == 0 and asked and len(evaluated) == 2 and evaluated[0] < 60, evaluated
+    assert process.exitcode == 0 and asked and len(evaluated) == 2 and evaluated[0] < 60, evaluated
 
 
 def test_the_batch_grows_with_the_tokens_seen_and_no_window_is_left_out_or_repeated(tmp_path):
@@ -589,16 +596,13 @@ def test_the_batch_grows_with_the_tokens_seen_and_no_window_is_left_out_or_repea
 @pytest.mark.slow
 def test_a_run_begun_with_one_process_goes_on_with_two(shards, tmp_path):
     arguments = [*SMALL, "--save_every", "6"]
-    run_train(shards, tmp_path / "whole", *arguments)
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(shards), "--out", str(tmp_path / "run"),
-               *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "run").glob("state/step_*6")) and process.poll() is None:
+    whole = run_warm(shards, tmp_path / "whole", *arguments)
+    [process] = support.start("train.py", flags(shards, tmp_path / "run", arguments), tmp_path / "output")
+    while not list((tmp_path / "run").glob("state/step_*6")) and process.is_alive():
         time.sleep(0.002)
     process.kill()
-    process.wait()
-    run_train(shards, tmp_path / "run", *arguments, processes=2)
-    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "run"), strict=True):
+    process.join()
+    for a, b in zip(whole, run_warm(shards, tmp_path / "run", *arguments, processes=2), strict=True):
         assert a["loss_nats_per_token"] == pytest.approx(b["loss_nats_per_token"], rel=1e-4)
 
 
@@ -626,8 +630,8 @@ def one_process_of_two(rank, port, folder, queue):
 
 
 def test_nan_on_one_process_stops_both_before_a_weight_is_touched(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue, port = context.Queue(), random.randint(20000, 60000)
+    context = support.warm_processes()
+    queue, port = context.Queue(), random.randint(20000, 32000)
     processes = [context.Process(target=one_process_of_two, args=(rank, port, str(tmp_path), queue))
                  for rank in range(2)]
     for process in processes:
@@ -643,7 +647,7 @@ def test_nan_on_one_process_stops_both_before_a_weight_is_touched(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same_and_keeps_its_names(shards, tmp_path):
-    run_train(shards, tmp_path / "plain", *SMALL, "--no-compile", "--save_every", "4")
+    run_warm(shards, tmp_path / "plain", *SMALL, "--no-compile", "--save_every", "4")
     run_train(shards, tmp_path / "compiled", *SMALL, "--compile")
     for a, b in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
         # float32 in another order
@@ -843,7 +847,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_no_state(finished, shards, tmp_p
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: ") and "Traceback" not in done.stderr, \
         done.stderr[-2000:]
-    run_train(shards, out, *arguments)
+    run_warm(shards, out, *arguments)
     assert digest(out) == digest(finished[1])
 
 

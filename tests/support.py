@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -120,9 +121,18 @@ def as_program(script, words, environment, output):
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+def free_port() -> int:
+    """A port that nobody listens to now; by lot, as other tests may look for one at the same time."""
+    while True:
+        port = random.randint(20000, 32000)  # below those that systems give to clients
+        with socket.socket() as place:
+            if place.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 def start(script, words, output, processes=1):
     """Start a script in so many warm processes, without torchrun; returns them. They print into `output`."""
-    context, port, started = warm_processes(), random.randint(20000, 32000), []  # below the ports of clients
+    context, port, started = warm_processes(), free_port(), []
     for rank in range(processes):
         environment = {} if processes == 1 else {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

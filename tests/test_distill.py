@@ -423,7 +423,6 @@ def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="the processes of torchrun are found in /proc")
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
     common = dict(steps=12, questions=0, data_parallel="fsdp", on_policy=0.5)
     check_a_killed_run("distill.py", lambda out: arguments(place, out, **common), tmp_path)

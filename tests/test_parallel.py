@@ -3,7 +3,6 @@ import itertools
 import math
 import os
 import queue as queues
-import random
 import time
 import traceback
 
@@ -17,7 +16,7 @@ from config import UserError
 from model import ModelConfig, Transformer
 from objectives import next_token_loss
 from parallel import Compute, Env, mesh_sizes, parallelize
-from support import warm_processes
+from support import free_port, warm_processes
 
 CPU = Env(torch.device("cpu"))
 STEPS = 20
@@ -136,7 +135,7 @@ def next_result(queue, processes, timeout):
 def in_processes(world_size, tasks, timeout=400):
     """{name: [each process's function(*arguments)]} of tasks (name, function, arguments), made one by one."""
     context = warm_processes()
-    queue, port = context.Queue(), random.randint(20000, 32000)
+    queue, port = context.Queue(), free_port()
     processes = [context.Process(target=process, args=(rank, world_size, port, tasks, queue), daemon=True)
                  for rank in range(world_size)]
     for one in processes:

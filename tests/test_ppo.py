@@ -514,7 +514,8 @@ def test_a_known_optimum_is_reached(place, tmp_path, command, monkeypatch, algor
     words = arguments(place, tmp_path / "run", algorithm=algorithm, rewards="task", max_new_tokens=new,
                       steps=steps, batch_size=128, minibatch_size=32, kl_coef=0.0, lr=0.05, adam_lr=0.02,
                       questions=0, update_epochs=4,
-                      entropy_coef=0.03 if task is chain else 0,  # else two letters may do for ever
+                      # advantages of variance 1 push on where all is noise: two letters may do for ever
+                      entropy_coef=0.03 if task is chain and algorithm != "rloo" else 0,
                       **({"critic_lr": 0.03, "critic_adam_lr": 0.01} if algorithm == "ppo" else {}))
     code, _, err = command(words)
     assert code == 0, err

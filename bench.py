@@ -60,8 +60,8 @@ from survive import local_part
 @dataclass
 class Settings:
     only: tuple[Literal["training", "loss", "sharding", "decoding", "bpe", "lora", "dpo", "distill",
-                        "rollouts", "dedup", "scale", "memory", "gpu", "held"], ...] = ("training", "loss", "sharding",
-                                                          "decoding")  # what to measure
+                        "rollouts", "dedup", "scale", "memory", "gpu", "held"],
+                ...] = ("training", "loss", "sharding", "decoding")  # what to measure
     rounds: int = 7  # alternations of which the median is taken
     threads: int | None = None  # of torch; none: one a core
     json: str | None = None  # also write all figures into this file
@@ -92,8 +92,9 @@ def main():
     if settings.threads:
         torch.set_num_threads(settings.threads)
     measures = {"training": training, "loss": loss, "sharding": sharding, "decoding": decoding,
-                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "distill": distillation, "rollouts": rollouts,
-                "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu, "held": held_bytes}
+                "bpe": bench_bpe.report, "lora": adapters, "dpo": preferences, "distill": distillation,
+                "rollouts": rollouts, "dedup": dedup, "scale": scale, "memory": memory, "gpu": gpu,
+                "held": held_bytes}
     figures = {}
     for name in settings.only:
         ALTERNATIONS.clear()
@@ -530,7 +531,7 @@ def dpo_peak(who: str, reference: str, size: str) -> int:
     return resident_peak() - before
 
 
-# ---- a step of distillation, beside TRL's -------------------------------------------------------------------
+# ---- a step of distillation, beside TRL's ------------------------------------------------------------------
 
 KD_TOKENS = (16, 128)  # windows, tokens a window
 KD_SIZES = {  # of student and teacher
@@ -545,7 +546,7 @@ def distillation(rounds: int):
     for size, (student, teacher) in KD_SIZES.items():
         sides = {f"{who} {kind}": kd_step(who, kind, size)
                  for kind in ("forward", "jsd") for who in ("TRL", "plain", "ours")}
-        sides |= {"ours alone": kd_step("ours", "alone", size), "ours top-64": kd_step("ours", "top-64", size)}
+        sides |= {f"ours {kind}": kd_step("ours", kind, size) for kind in ("alone", "top-64")}
         seconds = alternate(rounds, **sides)
         own, whole = (count_parameters(ModelConfig(**shape)) for shape in (student, teacher))
         print(f"a step of distillation, {own:,} parameters from {whole:,}, {KD_TOKENS[0]} x {KD_TOKENS[1]} "

@@ -110,7 +110,8 @@ def sample_replies(model: Transformer, prompts: Sequence[list[int]], tokenizer: 
     replies = []
     for ids, length, logps in zip(drawn.ids.tolist(), drawn.lengths.tolist(), drawn.logps):
         ended = ids[length - 1] == stop_id
-        replies.append({"text": tokenizer.decode(ids[:length - ended]), "ended": ended,
+        known = [id for id in ids[:length - ended] if id in tokenizer.vocab]  # no text has a row to spare
+        replies.append({"text": tokenizer.decode(known), "ended": ended,
                         "logp": logps[:length].sum().item(), "ids": ids[:length]})
     return [replies[i:i + samples] for i in range(0, len(replies), samples)]
 

@@ -20,6 +20,7 @@ from checkpoint import load_model, save_model
 from distill import Lesson, Lessons, OnPolicy, distinct, last_prompt, lesson_loss
 from divergence import TopK, kd_loss, log_probabilities
 from lora import add_lora
+from metaspace import load_tokenizer
 from objectives import next_token_loss
 from parallel import Env
 from rollouts import whole_copy
@@ -57,10 +58,9 @@ def packed(number=8, batch_size=2, seq_len=64, **place):
 
 
 def settings_for(**changes):
-    known = {"kd_weight": 0.5, "match": None, "match_weight": 1.0, "kind": "forward", "beta": 0.5, "skew": 0.1,
-             "temperature": 1.0, **changes}
-    settings = SimpleNamespace(**known)
-    settings.divergence = distill.Divergence(*(known[name] for name in ("kind", "beta", "skew", "temperature")))
+    which = {"kind": "forward", "beta": 0.5, "skew": 0.1, "temperature": 1.0}
+    settings = SimpleNamespace(**{"kd_weight": 0.5, "match": None, "match_weight": 1.0, **which, **changes})
+    settings.divergence = distill.Divergence(*(getattr(settings, name) for name in which))
     return settings
 
 
@@ -73,7 +73,8 @@ def a_batch():
     return inputs, targets, documents
 
 
-@pytest.mark.parametrize("changes", [{}, dict(kind="reverse", temperature=2.0), dict(kind="jsd", kd_weight=1.0),
+@pytest.mark.parametrize("changes", [{}, dict(kind="reverse", temperature=2.0),
+                                     dict(kind="jsd", kd_weight=1.0),
                                      dict(kind="skew_reverse", kd_weight=0.3)], ids=str)
 def test_a_lessons_loss_is_that_of_both_models_logits_where_no_document_sees_another(changes):
     settings, (inputs, targets, documents) = settings_for(**changes), a_batch()
@@ -112,7 +113,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
     teacher, student = model_for(), model_for()
     for kind in ("forward", "reverse", "jsd"):
         student.zero_grad()
-        loss, _, _ = lesson_loss(student, (Lesson(*a_batch()),), teacher, settings_for(kind=kind, kd_weight=1.0))
+        settings = settings_for(kind=kind, kd_weight=1.0)
+        loss, _, _ = lesson_loss(student, (Lesson(*a_batch()),), teacher, settings)
         loss.backward()
         assert abs(loss.item()) < 1e-3, "some 40 tokens' rounding of float32"
         assert max(p.grad.abs().max().item() for p in student.parameters()) < 1e-3
@@ -223,16 +225,16 @@ def test_a_student_comes_to_say_what_its_teacher_says(tmp_path):
     teacher, settings = model_for(0.7), run_settings(tmp_path, steps=80, kd_weight=1.0, lr=0.02, adam_lr=0.01)
     student, lessons = student_for(0.3), Lessons(packed(16, batch_size=4))
     loss_fn = functools.partial(lesson_loss, teacher=teacher, settings=settings)
-    lines = []
-    first = float(loss_fn(student, lessons.at(0))[0] / loss_fn(student, lessons.at(0))[1])
-    lines = train.train(student, lessons, loss_fn, settings, CPU)
-    assert lines["kd_nats_per_token"] < 0.35 * first, "the divergence from the teacher falls to a fraction"
+    loss, n, _ = loss_fn(student, lessons.at(0))
+    last = train.train(student, lessons, loss_fn, settings, CPU)
+    assert last["kd_nats_per_token"] < 0.35 * (loss / n).item(), "the divergence falls to a fraction"
 
 
 def run_settings(tmp_path, **changes):
     return distill.Settings(**{"out": str(tmp_path / "run"), "data": str(tmp_path / "chats.jsonl"),
-                               "seq_len": 64, "batch_size": 4, "steps": 6, "compile": False, "warmup_steps": 2,
-                               "precision": "fp32", "questions": 0, "device": "cpu", **changes})
+                               "seq_len": 64, "batch_size": 4, "steps": 6, "compile": False,
+                               "warmup_steps": 2, "precision": "fp32", "questions": 0, "device": "cpu",
+                               **changes})
 
 
 def test_micro_batches_change_nothing(tmp_path):
@@ -269,8 +271,8 @@ def place(tmp_path_factory):
     for number in range(30):
         words = " ".join(rng.choice(["the", "then", "other", "x"]) for _ in range(60))
         (folder / "texts" / f"{number}.txt").write_text(words, "utf-8")
-    data.prepare(data.Settings(input=(str(folder / "texts"),), out=str(folder / "text"), val_fraction=0.2, workers=1,
-                               tokenizer=str(folder / "teacher")))
+    data.prepare(data.Settings(input=(str(folder / "texts"),), out=str(folder / "text"), val_fraction=0.2,
+                               workers=1, tokenizer=str(folder / "teacher")))
     return folder
 
 
@@ -296,7 +298,7 @@ def test_a_run_on_conversations_tells_before_and_after_and_leaves_a_model(place,
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     student, _ = load_model(tmp_path / "run")
     env, settings = CPU, distill.parse(distill.Settings, arguments(place, tmp_path / "run"))
-    _, val, _ = distill.open_conversations(settings, TOKENIZER, env)
+    _, val, _ = distill.open_conversations(settings, "the student", TOKENIZER, env)
     plain = train.evaluate(student, val, sft.reply_loss, env)["loss"]
     assert results["held out"]["after"]["loss"] == pytest.approx(plain, rel=1e-5), "not the mixed loss"
     assert results["answers"]["sampled: KL from the teacher, nats"] > 0
@@ -318,11 +320,11 @@ def test_a_run_on_plain_text_is_measured_in_bits_per_byte(place, tmp_path, comma
 @pytest.mark.parametrize("data, changes", [
     ("chat", dict(kind="reverse", kd_weight=1)), ("chat", dict(on_policy=0.5)), ("chat", dict(top_k=8)),
     ("chat", dict(match="attention")), ("chat", dict(match="hidden", match_weight=0.1)),
-    ("chat", dict(lora_rank=2)), ("chat", dict(kd_weight=0)), ("chat", dict(init_from=None, student="layers")),
-    ("chat", dict(kind="jsd", beta=1, lora_rank=2, on_policy=1)),
+    ("chat", dict(lora_rank=2)), ("chat", dict(kd_weight=0)),
+    ("chat", dict(init_from=None, student="layers")), ("chat", dict(kind="jsd", beta=1, lora_rank=2, on_policy=1)),
     ("text", dict(top_k=8, temperature=2)), ("text", dict(init_from=None, student="layers")),
     ("text", dict(init_from=None, student="width", dim=24, n_heads=2, ffn_dim=32)),
-    ("text", dict(match="hidden"))], ids=str)
+    ("text", dict(match="hidden")), ("chat", dict(match="hidden", lora_rank=2))], ids=str)
 def test_every_way_ends_in_a_model_that_opens_and_has_learnt(place, tmp_path, command, data, changes):
     code, out, err = command(arguments(place, tmp_path / "run", data, questions=0, steps=8, **changes))
     assert code == 0, err
@@ -350,7 +352,8 @@ def test_stored_answers_are_made_once_and_read_again(place, tmp_path, command, m
 
 @pytest.mark.parametrize("data, changes", [
     ("chat", {}), ("chat", dict(on_policy=0.6)), ("chat", dict(lora_rank=2, lora_dropout=0.1)),
-    ("text", dict(match="hidden")), ("text", dict(top_k=4, init_from=None, dim=16, n_heads=2))], ids=str)
+    ("text", dict(match="hidden")), ("chat", dict(match="hidden", lora_rank=2)),
+    ("text", dict(top_k=4, init_from=None, dim=16, n_heads=2))], ids=str)
 def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path, command, monkeypatch, data,
                                                                  changes):
     words = dict(steps=6, questions=0, stored=tmp_path / "answers" if "top_k" in changes else None, **changes)
@@ -363,7 +366,8 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path
             raise KeyboardInterrupt
         return at(self, step)
     monkeypatch.setattr(Lessons, "at", stops)
-    monkeypatch.setattr(OnPolicy, "at", lambda self, step, at=OnPolicy.at: (stops(self.batches, step), at(self, step))[1])
+    monkeypatch.setattr(OnPolicy, "at", lambda self, step, at=OnPolicy.at:
+                        (stops(self.batches, step), at(self, step))[1])
     assert command(arguments(place, tmp_path / "cut", data, **words))[0] != 0
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     code, _, err = command(arguments(place, tmp_path / "cut", data, **words))
@@ -371,6 +375,58 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path
     name = "adapter/adapter_model.safetensors" if "lora_rank" in changes else "model.safetensors"
     whole, cut = ((tmp_path / run / name).read_bytes() for run in ("whole", "cut"))
     assert whole == cut
+
+
+def test_a_run_that_goes_on_tells_what_it_began_with(place, tmp_path, command, monkeypatch):
+    made = dict(init_from=None, dim=16, n_heads=2, questions=None, bigram_steps=8)
+    words = arguments(place, tmp_path / "run", "text", **made)
+    results = []
+    for _ in range(2):
+        assert command(words)[0] == 0
+        results.append(json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))["held out"])
+    assert results[0] == results[1], "the weights before the first step, fitted to the bigrams"
+
+
+@pytest.mark.parametrize("changes", [dict(lr=0.5), dict(top_k=3)], ids=str)
+def test_other_settings_are_refused_before_a_teacher_is_asked(place, tmp_path, command, monkeypatch, changes):
+    assert command(arguments(place, tmp_path / "run", questions=0))[0] == 0
+    for name in ("evaluate", "store"):
+        monkeypatch.setattr(distill, name, None)
+    code, _, err = command(arguments(place, tmp_path / "run", questions=0, **changes))
+    assert code == 2 and "holds a run with " in err, err
+
+
+def test_adapters_of_a_student_new_to_the_template_learn_its_tokens(place, foreign, tmp_path, command):
+    words = dict(init_from=foreign / "plain", lora_rank=2, questions=0)
+    assert command(arguments(place, tmp_path / "run", **words))[0] == 0
+    base, _ = load_model(foreign / "plain")
+    student, tokenizer = load_model(tmp_path / "run")
+    begun, _ = sft.with_template(base, load_tokenizer(foreign / "plain"), CHATML, CPU)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old, new = (model.state_dict()[name] for model in (begun, student))
+        assert torch.equal(old[:259], new[:259]) and not torch.equal(old[STOP], new[STOP]), \
+            "without the rows of the tokens that are new to it, a student cannot learn to end"
+
+
+def test_a_student_is_made_without_its_teachers_rows_to_spare(place, tmp_path, command):
+    save_model(model_for(vocab_size=TOKENIZER.vocab_size + 9), TOKENIZER, tmp_path / "padded")
+    made = dict(teacher=tmp_path / "padded", init_from=None, dim=16, n_heads=2, on_policy=1)
+    code, _, err = command(arguments(place, tmp_path / "run", **made))
+    assert code == 0, err
+    assert load_model(tmp_path / "run")[0].config.vocab_size == TOKENIZER.vocab_size
+    made = made | dict(student="layers", dim=None, n_heads=None, on_policy=0)
+    code, _, err = command(arguments(place, tmp_path / "layers", **made))
+    assert code == 0, f"a row to spare that is drawn has no text, and ends nothing: {err}"
+
+
+def test_models_are_compared_whatever_the_teachers_tokenizer(place, foreign, tmp_path, command):
+    words = arguments(place, tmp_path / "none", init_from=None, compare=place / "student",
+                      teacher=foreign / "plain")
+    code, out, err = command(words)
+    assert code == 0 and "sampled: entropy" in out and "KL from the teacher" not in out, err
+    code, out, err = command([*words, str(tmp_path / "missing")])
+    assert code == 2 and "there is no model folder " in err and "evaluate" not in err, err
 
 
 def test_answers_of_several_stand_side_by_side(place, tmp_path, command):
@@ -401,13 +457,12 @@ def alone(place, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"}, {"data_parallel": "fsdp", "match": "hidden"},
-                                    {"data_parallel": "fsdp", "top_k": 4},
-                                    {"data_parallel": "fsdp", "lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{}, *({"data_parallel": "fsdp", **changes} for changes in (
+    {}, {"match": "hidden"}, {"top_k": 4}, {"lora_rank": 2}, {"lora_rank": 2, "match": "hidden"}))], ids=str)
 def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
     same = {name: value for name, value in layout.items() if name != "data_parallel"}
     one = alone(**same)
-    two = run_stage("distill.py", arguments(place, tmp_path / "two", questions=0, steps=3, **layout), processes=2)
+    two = run_stage("distill.py", arguments(place, tmp_path / "two", questions=0, steps=3, **layout), 2)
     for a, b in zip(one, two, strict=True):
         assert a["targets"] == b["targets"]
         for name in ("loss_nats_per_token", "grad_norm", "kd_nats_per_token", "ce_nats_per_token"):
@@ -434,7 +489,7 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(teacher="{tmp}/none"), "there is no folder "),
     (dict(teacher="{tmp}/bare"), "has no tokenizer.json"),
     (dict(teacher="{tmp}/foreign"), "token 256 is b'th' to the student and b'ab' to the teacher"),
-    (dict(teacher="{tmp}/plain", init_from=None), "do not know <|im_start|> <|im_end|> of the template"),
+    (dict(teacher="{tmp}/plain", init_from=None), "/plain does not know <|im_start|> <|im_end|> of the"),
     (dict(init_from="{tmp}/none"), "there is no folder "),
     (dict(dim=8), "--dim 8 is for a student that is made"),
     (dict(init_from=None, lora_rank=2), "--lora_rank 2: adapters need a student that knows something"),
@@ -450,7 +505,17 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(tensor_parallel=2), "tensor_parallel"),
     (dict(data="{tmp}/none.jsonl"), "there is no "),
     (dict(data="{text}", on_policy=0.5), "--on_policy 0.5 is about replies, and "),
-    (dict(data="{shards}"), "were made with another tokenizer than that of teacher and student"),
+    (dict(data="{shards}"), "were made with another tokenizer than that of "),
+    (dict(steps=0), "--steps 0 is out of range"),
+    (dict(seq_len=0), "--seq_len 0 is out of range"),
+    (dict(bigram_steps=5), "--bigram_steps 5 is for a student with random weights"),
+    (dict(init_from=None, bigram_steps=5), "--bigram_steps 5 is for a student with random weights"),
+    (dict(data="{text}", init_from=None, student="layers", bigram_steps=5), "--bigram_steps 5 is for a"),
+    (dict(on_policy=0.5, max_new_tokens=64), "leave a prompt no room in seq_len 64"),
+    (dict(beta=0.3), "--beta 0.3 does nothing with --kind forward"),
+    (dict(skew=0.3, kind="jsd"), "--skew 0.3 does nothing with --kind jsd"),
+    (dict(match_weight=2), "--match_weight 2.0 does nothing with --kind forward and --match None"),
+    (dict(chunked_loss="false"), "--chunked_loss False is the only way here"),
 ])
 def test_mistakes_end_in_one_line_and_code_2_before_a_run_is_begun(place, foreign, tmp_path, command, changes,
                                                                    words):
@@ -475,8 +540,8 @@ def foreign(tmp_path_factory):
     save_model(model_for(), other, folder / "foreign")
     (folder / "a.txt").write_text("about the abbey " * 200, "utf-8")
     (folder / "b.txt").write_text("an abbot's sabbath " * 200, "utf-8")
-    data.prepare(data.Settings(input=(str(folder / "a.txt"), str(folder / "b.txt")), out=str(folder / "shards"),
-                               val_fraction=0.5, workers=1, tokenizer=str(folder / "foreign")))
+    data.prepare(data.Settings(input=(str(folder / "a.txt"), str(folder / "b.txt")), val_fraction=0.5,
+                               out=str(folder / "shards"), workers=1, tokenizer=str(folder / "foreign")))
     return folder
 
 

@@ -21,7 +21,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,9 +47,9 @@ from parallel import Env
 from rejection import weights_of
 from rollouts import bring_up_to_date, lay_out, roll_out, whole_copy
 from students import check_smaller, describe_student, layers_student, random_student, width_student
-from survive import open_run_folder, states
+from survive import check_newest, open_run_folder
 from teachers import Stored, asked, check_same_tokens, open_teacher, store
-from train import Loop, bigram_start, evaluate, guarded, micro_batch, train
+from train import Loop, bigram_start, evaluate, guarded, identity_of, micro_batch, train
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,9 +130,9 @@ class Lessons(Wrapped):
 class OnPolicy(Wrapped):
     """Lessons, a share of which have the student's own replies in place of the author's.
 
-    Agarwal et al. 2023, algorithm 1, whose lambda is `share`. Which steps these are, and what is drawn, are
-    functions of (seed, step, rank) and of the weights. The prompts are those of the windows that the step
-    would show; a conversation's last reply is drawn anew.
+    Agarwal et al. 2023, algorithm 1, whose lambda is `share`. A step is a micro-batch here. Which steps these
+    are, and what is drawn, are functions of (seed, step, rank) and of the weights. The prompts are those of
+    the windows that the step would show; a conversation's last reply is drawn anew.
     """
 
     def __init__(self, lessons: Lessons, share: float, model: Transformer, sampler: Transformer,
@@ -187,8 +187,8 @@ def last_prompt(ids: np.ndarray, learnt: np.ndarray) -> list[int]:
 
 
 BY_DATA = {  # what the settings without a value are, by the kind of data
-    "text": dict(seq_len=128, steps=300, lr=0.04, adam_lr=8e-3, bigram_steps=50),
-    "conversations": dict(seq_len=256, steps=None, lr=0.015, adam_lr=3e-3, bigram_steps=0)}
+    "text": dict(seq_len=128, steps=300, lr=0.04, adam_lr=8e-3),
+    "conversations": dict(seq_len=256, steps=None, lr=0.015, adam_lr=3e-3)}
 
 
 @dataclass
@@ -245,16 +245,17 @@ class Settings(Loop, Adapter):
         for name, value in BY_DATA[self.kind_of_data].items():
             if getattr(self, name) is None and not (name == "lr" and self.lora_rank):  # then it is lora_lr
                 setattr(self, name, value)
-        self.eval_stride = self.eval_stride or max(1, self.seq_len // 2)
+        unknown = self.steps is None  # conversations: until these are read
+        self.steps = 1 if unknown else self.steps
+        self.check_loop()
+        self.steps = None if unknown else self.steps
+        self.eval_stride = max(1, self.seq_len // 2) if self.eval_stride is None else self.eval_stride
         require(self, kd_weight=(0, 1), top_k=(0, None), match_weight=(0, 1e6), on_policy=(0, 1),
                 max_new_tokens=(1, None), val_share=(0.001, 0.5), epochs=(0.001, 1000), questions=(0, None),
                 repetition_penalty=(1, 1000), samples_of_questions=(0, None), bigram_steps=(0, None),
                 eval_stride=(1, self.seq_len), dim=(2, None), n_layers=(1, None), n_heads=(1, None),
                 ffn_dim=(1, None))
         self.divergence.check()
-        steps, self.steps = self.steps, self.steps or 1  # conversations: it is not known yet
-        self.check_loop()
-        self.steps = steps
         self.check_adapter()
         self.check_student()
         self.check_useless()
@@ -279,16 +280,20 @@ class Settings(Loop, Adapter):
         if self.init_from:
             self.refuse((*shape, "student", "tie_embeddings"), f"is for a student that is made, and "
                         f"--init_from {self.init_from} is one")
-            self.bigram_steps = 0
         elif self.lora_rank:
             raise UserError(f"--lora_rank {self.lora_rank}: adapters need a student that knows something; "
                             f"name one with --init_from, or pass --lora_rank 0")
         if self.student != "random":
             self.refuse(("tie_embeddings",), f"is for --student random; {self.student} is tied where its "
                         f"teacher is")
-            self.bigram_steps = 0
         if self.student == "layers":
             self.refuse(("dim", "n_heads", "ffn_dim"), "is the teacher's, with --student layers")
+        unknowing = self.student == "random" and not self.init_from and self.kind_of_data == "text"
+        if self.bigram_steps and not unknowing:
+            raise UserError(f"--bigram_steps {self.bigram_steps} is for a student with random weights that "
+                            f"learns plain text; leave it out")
+        if self.bigram_steps is None:
+            self.bigram_steps = 50 if unknowing else 0
 
     def check_useless(self):
         """Raise UserError where things are asked for that do not go together, or would do nothing."""
@@ -298,6 +303,9 @@ class Settings(Loop, Adapter):
         if self.on_policy and self.kind_of_data == "text":
             raise UserError(f"--on_policy {self.on_policy} is about replies, and {self.data} is plain text; "
                             f"name conversations with --data")
+        if self.on_policy and self.max_new_tokens >= self.seq_len:
+            raise UserError(f"--on_policy {self.on_policy}: --max_new_tokens {self.max_new_tokens} leave a "
+                            f"prompt no room in seq_len {self.seq_len}; pass fewer, or a longer --seq_len")
         for name, value in (("on_policy", self.on_policy), ("match", self.match)):
             if value and self.top_k:
                 raise UserError(f"--{name} {value} asks the teacher live, and --top_k {self.top_k} does not; "
@@ -307,6 +315,11 @@ class Settings(Loop, Adapter):
         if not self.needs_teacher:
             self.refuse(("kind", "beta", "skew", "temperature", "top_k"),
                         "does nothing with --kd_weight 0: there is no teacher")
+        for name, used in (("beta", self.kind == "jsd"), ("skew", self.kind.startswith("skew")),
+                           ("match_weight", self.match)):
+            if not used:
+                self.refuse((name,), f"does nothing with --kind {self.kind} and --match {self.match}")
+        self.refuse(("chunked_loss",), "is the only way here: logits of all tokens are never held")
         if self.match == "attention" and (self.compile or self.data_parallel != "ddp"):
             raise UserError("--match attention looks into a block while it runs; leave out --compile and "
                             "--data_parallel")
@@ -326,48 +339,47 @@ def main():
 
 def distil(settings: Settings, env: Env) -> None:
     """The stage on one process: refuse what is wrong, make what is missing, train, compare."""
-    text = settings.kind_of_data == "text"
     teacher, teachers_tokenizer = open_teacher(settings.teacher)
-    model, tokenizer = make_student(settings, teacher, teachers_tokenizer, env)
+    model, tokenizer, new = make_student(settings, teacher, teachers_tokenizer, env)
     check_same_tokens(teachers_tokenizer, tokenizer, settings.teacher)
-    for folder, reader in ((settings.teacher, teacher), ("the student", model)):
-        if settings.seq_len > reader.config.max_seq_len:
-            raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {reader.config.max_seq_len} of "
-                            f"{folder}; pass a shorter --seq_len")
-    batches, val, asked_of = open_text(settings, tokenizer, env) if text else \
-        open_conversations(settings, tokenizer, env)
+    check_length(settings, teacher, settings.teacher)
+    check_length(settings, model, "the student")
+    open_data = open_text if settings.kind_of_data == "text" else open_conversations
+    batches, val, questions = open_data(settings, settings.teacher, tokenizer, env)
     if settings.steps is None:
         settings.steps = math.ceil(batches.windows * settings.epochs / settings.batch_size)
-    env.say(add_adapter(model, settings))
-    if settings.match == "hidden":
+    env.say(add_adapter(model, settings, new))
+    if settings.match == "hidden":  # last: no adapter on it, and it is learnt whatever is frozen
         add_projection(model, teacher.config.dim, settings.seed)
     with contextlib.ExitStack() as stack:
         # last of all that can refuse: --overwrite deletes here
         env.first(lambda: stack.enter_context(open_run_folder(settings)))
         if env.rank == 0:
             show(settings)
-        learn(settings, model, tokenizer, teacher, batches, val, asked_of, env)
+        learn(settings, model, tokenizer, teacher, batches, val, questions, env)
 
 
 def learn(settings: Settings, model: Transformer, tokenizer: Tokenizer, teacher: Transformer, batches,
           val, questions: list[dict], env: Env) -> None:
     """Store the teacher's answers, or have it stand by; train; print what has been learnt."""
-    identity = {"teacher_weights": weights_of(settings.teacher) if settings.needs_teacher else None,
-                "content": content_of(batches), "student_weights": fingerprint_of_start(settings),
-                "base": base_of(model).get("sha256")}
-    lessons, live = batches, None
-    teacher.to(env.device)
-    figures = {"teacher": evaluate(teacher, val, held_out_loss, env)} if settings.needs_teacher else {}
+    needed = settings.needs_teacher or not settings.init_from  # of a teacher a student is made, too
+    identity = {"teacher_weights": weights_of(settings.teacher) if needed else None,
+                "content": content_of(batches), "base": base_of(model).get("sha256"),
+                "student_weights": weights_of(settings.init_from) if settings.init_from else None}
+    check_newest(Path(settings.out), identity_of(settings) | identity)  # before long work for nothing
+    model.to(env.device)
+    if settings.bigram_steps:  # where a run goes on, too: "before" is what it began with
+        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps), patient=True)
+    figures, lessons, live = {}, Lessons(batches), None
+    if settings.needs_teacher:
+        figures["teacher"] = held_out(teacher.to(env.device), settings.teacher, val, env)
+    figures["before"] = held_out(model, "the student", val, env)
     if settings.top_k:
         lessons = Lessons(batches, stored_answers(settings, teacher, tokenizer, batches, identity, env),
                           settings.steps * settings.batch_size)
-    else:
-        lessons = Lessons(batches)
-        live = frozen(teacher, env) if settings.needs_teacher else None
-    model.to(env.device)
-    if settings.bigram_steps and not states(Path(settings.out) / "state"):
-        env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps), patient=True)
-    figures["before"] = evaluate(model, val, held_out_loss, env)
+        teacher.to("cpu")  # its work is done
+    elif settings.needs_teacher:
+        live = frozen(teacher, env)
     if settings.on_policy:
         stop_id = tokenizer.special_tokens[TEMPLATES[settings.template].end]
         lessons = OnPolicy(lessons, settings.on_policy, model, whole_copy(model, env), tokenizer, stop_id,
@@ -378,8 +390,9 @@ def learn(settings: Settings, model: Transformer, tokenizer: Tokenizer, teacher:
 
 
 def make_student(settings: Settings, teacher: Transformer, tokenizer: Tokenizer,
-                 env: Env) -> tuple[Transformer, Tokenizer]:
-    """The student and its tokenizer: read, or made of the teacher."""
+                 env: Env) -> tuple[Transformer, Tokenizer, list[int]]:
+    """The student, its tokenizer, and the tokens that are new to it: read, or made of the teacher."""
+    new: list[int] = []
     if settings.init_from:
         if not Path(settings.init_from).is_dir():
             raise UserError(f"there is no folder {settings.init_from} with a student; python distill.py "
@@ -388,18 +401,20 @@ def make_student(settings: Settings, teacher: Transformer, tokenizer: Tokenizer,
         if own is None:
             raise UserError(f"{settings.init_from} has no tokenizer.json that can be read; copy it there")
         if settings.kind_of_data == "conversations":
+            known = own.special_tokens
             model, own = sft.with_template(model, own, TEMPLATES[settings.template], env)
+            new = sorted(id for token, id in own.special_tokens.items() if token not in known)
             model.config = model.model.config = sft.reading_further(model.config, settings, env)
     else:
-        model, own = made_student(settings, teacher), tokenizer
+        model, own = made_student(settings, teacher, tokenizer), tokenizer
     env.say(describe_student(model, teacher))
     warning = check_smaller(model, teacher)
     if warning:
         env.say(warning)
-    return model, own
+    return model, own, new
 
 
-def made_student(settings: Settings, teacher: Transformer) -> Transformer:
+def made_student(settings: Settings, teacher: Transformer, tokenizer: Tokenizer) -> Transformer:
     """A student of the size that the settings ask for, or half of the teacher's."""
     was = teacher.config
     if settings.student == "layers":
@@ -408,6 +423,7 @@ def made_student(settings: Settings, teacher: Transformer) -> Transformer:
     if settings.student == "random":
         n_heads = settings.n_heads or was.n_heads
         n_kv_heads = max(1, n_heads * was.n_kv_heads // was.n_heads)
+        was = replace(was, vocab_size=min(was.vocab_size, tokenizer.vocab_size))  # no rows to spare
         return random_student(was, settings.seed, dim, n_layers, n_heads, n_kv_heads, settings.ffn_dim,
                               settings.tie_embeddings)
     ids = calibration(settings)
@@ -426,25 +442,33 @@ def calibration(settings: Settings, windows: int = 64) -> Tensor:
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-def open_text(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[Batches, Batches, list]:
-    """(batches, held-out batches, no questions) of token shards."""
+def check_length(settings: Settings, model: Transformer, name: str):
+    """Raise UserError where the model reads less than a window."""
+    if settings.seq_len > model.config.max_seq_len:
+        raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
+                        f"{name}; pass a shorter --seq_len")
+
+
+def open_text(settings: Settings, folder: str, tokenizer: Tokenizer,
+              env: Env) -> tuple[Batches, Batches, list]:
+    """(batches, held-out batches, no questions) of token shards; tokenizer: that of the model in `folder`."""
     place = {"rank": env.data_rank, "world_size": env.data_world_size, "verify": env.rank == 0}
     size = (micro_batch(settings, env), settings.seq_len)
     batches = Batches(settings.data, "train", *size, settings.seed, **place)
     if batches.meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"the shards in {settings.data} were made with another tokenizer than that of "
-                        f"teacher and student; make them anew: python data.py --tokenizer {settings.teacher} "
+                        f"{folder}; make them anew: python data.py --tokenizer {folder} "
                         f"--out {settings.data} --overwrite, with the --input of then")
     return batches, Batches(settings.data, "val", *size, stride=settings.eval_stride, **place), []
 
 
-def open_conversations(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple:
+def open_conversations(settings: Settings, folder: str, tokenizer: Tokenizer, env: Env) -> tuple:
     """(batches, held-out batches, questions to answer) of conversations, as sft.py has them."""
     template = TEMPLATES[settings.template]
     missing = [token for token in template.special if token not in tokenizer.special_tokens]
     if missing:
-        raise UserError(f"teacher and student do not know {' '.join(missing)} of the template "
-                        f"{settings.template}; a teacher that does is what sft.py makes: --teacher runs/sft")
+        raise UserError(f"{folder} does not know {' '.join(missing)} of the template {settings.template}; "
+                        f"what sft.py makes does, as --teacher runs/sft")
     place, kept, packed = {"rank": env.data_rank, "world_size": env.data_world_size}, {}, {}
     for split, conversations in sft.read_splits(settings, env).items():
         kept[split], examples = sft.examples_of(conversations, tokenizer, template, settings.seq_len,
@@ -461,10 +485,6 @@ def content_of(batches) -> str:
     if hasattr(batches, "meta"):
         return batches.meta["train"]["sha256"]
     return fingerprint([[ids.tolist(), mask.tolist()] for ids, mask in batches.examples])
-
-
-def fingerprint_of_start(settings: Settings) -> str | None:
-    return weights_of(settings.init_from) if settings.init_from else None
 
 
 def stored_answers(settings: Settings, teacher: Transformer, tokenizer: Tokenizer, batches: Batches,
@@ -492,6 +512,14 @@ def stored_answers(settings: Settings, teacher: Transformer, tokenizer: Tokenize
 # 4. What has been learnt
 
 
+def held_out(model: Transformer, name: str, val: Batches, env: Env) -> dict:
+    """evaluate's figures of the held-out text; UserError, with the name, where the model is broken."""
+    try:
+        return evaluate(model, val, held_out_loss, env)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
 def report(settings: Settings, figures: dict, last: dict, questions: list[dict], env: Env):
     """Print the held-out loss of teacher and student, before and after, and what the student answers."""
     figures["after"] = {"loss": last["val_loss_nats_per_token"],
@@ -514,7 +542,8 @@ def report(settings: Settings, figures: dict, last: dict, questions: list[dict],
 def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> dict[str, float]:
     """What a model's answers to held-out questions are like, each figure a mean.
 
-    from the teacher: KL(student | teacher) in nats an answer, from the student's samples.
+    from the teacher: KL(student | teacher) in nats an answer, from the student's samples; none where
+    --teacher has another tokenizer.
     """
     model, tokenizer = open_model(folder, env.device)
     found = rejection.measure(model, tokenizer, questions, settings)
@@ -527,8 +556,9 @@ def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> 
         means["sampled: distinct pairs of words"] = distinct([sample["text"] for sample in samples])
         means["sampled: entropy, nats a token"] = -sum(sample["logp"] for sample in samples) / tokens
         means["sampled: tokens"] = tokens / len(samples)
-        teacher, _ = open_teacher(settings.teacher, tokenizer, env.device)
-        means["sampled: KL from the teacher, nats"] = kl_from(found["sampled"], teacher, env.device)[0]
+        teacher, own = open_teacher(settings.teacher, device=env.device)
+        if own.fingerprint == tokenizer.fingerprint:
+            means["sampled: KL from the teacher, nats"] = kl_from(found["sampled"], teacher, env.device)[0]
     return means
 
 
@@ -542,7 +572,7 @@ def distinct(texts: Sequence[str]) -> float:
 
 
 def print_table(by_folder: dict[str, dict[str, float]]):
-    names = next(iter(by_folder.values()))
+    names = dict.fromkeys(name for means in by_folder.values() for name in means)
     print(f"{'':<44}" + "".join(f"{Path(folder).name[-14:]:>16}" for folder in by_folder))
     for name in names:
         print(f"{name:<44}" + "".join(f"{means.get(name, math.nan):>16.4f}" for means in by_folder.values()))
@@ -550,20 +580,24 @@ def print_table(by_folder: dict[str, dict[str, float]]):
 
 def compare(settings: Settings, env: Env):
     """python distill.py --compare A B: held-out loss, and answers to questions, side by side."""
-    found = {}
+    text, found = settings.kind_of_data == "text", {}
+    asks = not text and settings.questions and settings.samples_of_questions
+    for folder in [*settings.compare, *([settings.teacher] if asks else [])]:
+        if not Path(folder).is_dir():  # told before the first is measured
+            raise UserError(f"there is no model folder {folder}")
     for folder in settings.compare:
         model, tokenizer = open_model(folder, env.device)
         if tokenizer is None:
             raise UserError(f"{folder} has no tokenizer.json that can be read")
-        read = open_text if settings.kind_of_data == "text" else open_conversations
-        _, val, questions = read(settings, tokenizer, env)
-        result = evaluate(model, val, held_out_loss, env)
+        check_length(settings, model, folder)
+        _, val, questions = (open_text if text else open_conversations)(settings, folder, tokenizer, env)
+        result = held_out(model, folder, val, env)
         found[folder] = {"held out, nats a token": result["loss"]}
-        if "bits_per_byte" in result:
+        if text:
             found[folder]["held out, bits per byte"] = result["bits_per_byte"]
         if questions:
-            found[folder] |= answer(settings, folder, questions, env)
-    print_table(found)
+            env.first(lambda: found[folder].update(answer(settings, folder, questions, env)), patient=True)
+    env.first(lambda: print_table(found))
 
 
 if __name__ == "__main__":

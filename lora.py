@@ -392,11 +392,9 @@ KNOWN = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslor
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{peft's name in a file: parameter} of all that is trained, be it an adapter or a layer of the model.
-
-    But not of what is learnt beside it, which is no part of it."""
+    """{peft's name in a file: parameter} of all that is trained, be it an adapter or a layer of the model."""
     return {peft_name(name) or f"base_model.model.{name}": p for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith("beside.")}
+            if p.requires_grad}
 
 
 def peft_name(name: str) -> str | None:

@@ -39,7 +39,7 @@ from generation import Packed
 from lora import open_model
 from model import Transformer, generate
 from parallel import Env
-from sft import MEASURES, f1, reply_to, score, spread
+from sft import MEASURES, f1, reply_to, score, spoken, spread
 from survive import alone
 from work import Work, fingerprint
 
@@ -110,7 +110,7 @@ def sample_replies(model: Transformer, prompts: Sequence[list[int]], tokenizer: 
     replies = []
     for ids, length, logps in zip(drawn.ids.tolist(), drawn.lengths.tolist(), drawn.logps):
         ended = ids[length - 1] == stop_id
-        replies.append({"text": tokenizer.decode(ids[:length - ended]), "ended": ended,
+        replies.append({"text": spoken(ids[:length - ended], tokenizer), "ended": ended,
                         "logp": logps[:length].sum().item(), "ids": ids[:length]})
     return [replies[i:i + samples] for i in range(0, len(replies), samples)]
 

@@ -220,8 +220,13 @@ def answers(model: Transformer, prompts: Sequence[list[int]], tokenizer: Tokeniz
                           repetition_penalty=repetition_penalty)
         for i, ids, length in zip(order[start:stop], sample.ids.tolist(), sample.lengths.tolist()):
             stopped = ids[length - 1] in stop_ids
-            replies[i] = tokenizer.decode(ids[:length - stopped]), stopped
+            replies[i] = spoken(ids[:length - stopped], tokenizer), stopped
     return replies
+
+
+def spoken(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of ids that a model has drawn; a row of its head that no token has stands for nothing."""
+    return tokenizer.decode([id for id in ids if id in tokenizer.vocab])
 
 
 def words(text: str) -> list[str]:

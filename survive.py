@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import lora
-from checkpoint import load_state, save_model, save_state, states, write_order, write_settings
+from checkpoint import load_state, read_json, save_model, save_state, states, write_order, write_settings
 from config import UserError
 from parallel import PATIENCE, Env, own_part, part_at
 
@@ -175,9 +175,9 @@ def saved_tensors(model: nn.Module) -> tuple[bool, dict[str, nn.Parameter]]:
     All parameters, a tied head under one name; of a model with adapters those that are trained: its base is
     in a folder of its own, and stays as it is.
     """
-    if lora.adapters_of(model):
-        return True, lora.trained_tensors(model)
-    return False, {name: p for name, p in model.named_parameters() if not name.startswith("beside.")}
+    adapted, beside = bool(lora.adapters_of(model)), set(tensors_beside(model).values())
+    named = lora.trained_tensors(model) if adapted else dict(model.named_parameters())
+    return adapted, {name: p for name, p in named.items() if p not in beside}
 
 
 def tensors_beside(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -361,6 +361,20 @@ def check_identity(folder: Path, found: dict, wanted: dict):
                             f"to delete it")
 
 
+def check_newest(folder: Path, identity: dict):
+    """check_identity of the newest state, if there is one: for a stage that has long work before it trains.
+
+    A state that cannot be read is left to Run.load, which may take the one before it.
+    """
+    newest = states(folder / "state")[:1]
+    try:
+        found = [read_json(state / "state.json")["extra"]["identity"] for state in newest]
+    except (OSError, UserError, KeyError, TypeError):
+        return
+    for one in found:
+        check_identity(folder, one, json.loads(json.dumps(identity)))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The folder of a run: nobody else's, and ours alone
 
@@ -373,7 +387,8 @@ MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "to
 def open_run_folder(settings):
     """Make settings.out, or refuse it, and hold it alone. Only --overwrite deletes, and what a run writes."""
     folder = Path(settings.out)
-    for name in ("data", "init_from", "replay", "prompts_data", "reward_model", "critic_from", "teacher", "stored"):
+    for name in ("data", "init_from", "replay", "prompts_data", "reward_model", "critic_from", "teacher",
+                 "stored"):
         other = getattr(settings, name, None)
         if other and folder.resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
             raise UserError(f"--out {folder} holds --{name} {other}; choose another --out")

@@ -110,6 +110,7 @@ def store(teacher: Transformer, batches: Batches, windows: np.ndarray, k: int, t
     if k >= V:
         raise UserError(f"--top_k {k} is no fewer than the teacher's {V} tokens; pass fewer, or 0: live")
     env.first(lambda: check_room(batches, len(windows), k, V, folder, env))
+    env.first(lambda: check_place(folder))
     with contextlib.ExitStack() as stack:
         env.first(lambda: folder.mkdir(parents=True, exist_ok=True))
         env.first(lambda: stack.enter_context(alone(folder)))
@@ -137,6 +138,18 @@ def check_room(batches: Batches, windows: int, k: int, V: int, folder: Path, env
     if need > free:
         raise UserError(f"{need / 1e9:.1f} GB are needed meanwhile in {folder}, and {free / 1e9:.1f} GB are "
                         f"free; pass a smaller --top_k or fewer --steps, or --top_k 0: the teacher live")
+
+
+def check_place(folder: Path):
+    """Raise UserError where anything else lies: `store` would delete it, or write over it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is no folder; pass another --stored")
+    known = {folder: ("meta.json", "work", *FILES), folder / "work": ("answers.", "failed.")}
+    for place, names in known.items():
+        for path in place.iterdir() if place.is_dir() else ():
+            if path.suffix != ".tmp" and not path.name.startswith(names):
+                raise UserError(f"{folder} holds {path.relative_to(folder)}, which is none of a teacher's "
+                                f"answers; pass another --stored")
 
 
 def existing(folder: Path) -> Path:
@@ -193,15 +206,21 @@ class Stored:
         self.folder = folder
         self.remedy = f"pass another --stored, or delete {folder}, and the same command makes it anew"
         meta = read_json(folder / "meta.json")
+        if not meta.keys() >= identity.keys():
+            raise UserError(f"{folder / 'meta.json'} is not that of a teacher's answers; pass another "
+                            f"--stored")
         for what, wanted in identity.items():
             if meta.get(what) != wanted:
                 raise UserError(f"{folder} holds a teacher's answers of another {what} ({meta.get(what)}, "
                                 f"not {wanted}); {self.remedy}")
         self.check_files(meta, verify)
-        k, kind = meta["k"], np.dtype(meta["dtype"]).newbyteorder("<")
+        k, kind = identity["k"], np.dtype(meta["dtype"]).newbyteorder("<")
         self.windows = np.fromfile(folder / "windows.bin", "<i8")
         counts = np.fromfile(folder / "counts.bin", "<i4")
         self.first = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
+        if (folder / "ids.bin").stat().st_size != self.first[-1] * k * kind.itemsize:
+            raise UserError(f"{folder / 'meta.json'} is damaged: ids.bin is not of {kind.name}; "
+                            f"{self.remedy}")
         self.ids = np.memmap(folder / "ids.bin", kind, "r").reshape(-1, k)
         self.logps = np.memmap(folder / "logps.bin", "<f2", "r").reshape(-1, k + 1)
         self.places(windows)

@@ -20,6 +20,7 @@ from checkpoint import load_model, save_model
 from distill import Lesson, Lessons, OnPolicy, distinct, last_prompt, lesson_loss
 from divergence import Divergence, TopK, kd_loss, log_probabilities
 from lora import add_lora
+from metaspace import load_tokenizer
 from objectives import next_token_loss
 from parallel import Env
 from rollouts import whole_copy
@@ -226,10 +227,9 @@ def test_a_student_comes_to_say_what_its_teacher_says(tmp_path):
     teacher, settings = model_for(0.7), run_settings(tmp_path, steps=80, kd_weight=1.0, lr=0.02, adam_lr=0.01)
     student, lessons = student_for(0.3), Lessons(packed(16, batch_size=4))
     loss_fn = functools.partial(lesson_loss, teacher=teacher, settings=settings)
-    lines = []
-    first = float(loss_fn(student, lessons.at(0))[0] / loss_fn(student, lessons.at(0))[1])
-    lines = train.train(student, lessons, loss_fn, settings, CPU)
-    assert lines["kd_nats_per_token"] < 0.35 * first, "the divergence from the teacher falls to a fraction"
+    loss, n, _ = loss_fn(student, lessons.at(0))
+    last = train.train(student, lessons, loss_fn, settings, CPU)
+    assert last["kd_nats_per_token"] < 0.35 * (loss / n).item(), "the divergence falls to a fraction"
 
 
 def run_settings(tmp_path, **changes):
@@ -300,7 +300,7 @@ def test_a_run_on_conversations_tells_before_and_after_and_leaves_a_model(place,
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     student, _ = load_model(tmp_path / "run")
     env, settings = CPU, distill.parse(distill.Settings, arguments(place, tmp_path / "run"))
-    _, val, _ = distill.open_conversations(settings, TOKENIZER, env)
+    _, val, _ = distill.open_conversations(settings, "the student", TOKENIZER, env)
     plain = train.evaluate(student, val, sft.reply_loss, env)["loss"]
     assert results["held out"]["after"]["loss"] == pytest.approx(plain, rel=1e-5), "not the mixed loss"
     assert results["answers"]["sampled: KL from the teacher, nats"] > 0
@@ -355,7 +355,8 @@ def test_stored_answers_are_made_once_and_read_again(place, tmp_path, command, m
 
 @pytest.mark.parametrize("data, changes", [
     ("chat", {}), ("chat", dict(on_policy=0.6)), ("chat", dict(lora_rank=2, lora_dropout=0.1)),
-    ("text", dict(match="hidden")), ("text", dict(top_k=4, init_from=None, dim=16, n_heads=2))], ids=str)
+    ("text", dict(match="hidden")), ("chat", dict(match="hidden", lora_rank=2)),
+    ("text", dict(top_k=4, init_from=None, dim=16, n_heads=2))], ids=str)
 def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path, command, monkeypatch, data,
                                                                  changes):
     words = dict(steps=6, questions=0, stored=tmp_path / "answers" if "top_k" in changes else None, **changes)
@@ -376,6 +377,58 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path
     name = "adapter/adapter_model.safetensors" if "lora_rank" in changes else "model.safetensors"
     whole, cut = ((tmp_path / run / name).read_bytes() for run in ("whole", "cut"))
     assert whole == cut
+
+
+def test_a_run_that_goes_on_tells_what_it_began_with(place, tmp_path, command, monkeypatch):
+    made = dict(init_from=None, dim=16, n_heads=2, questions=None, bigram_steps=8)
+    words = arguments(place, tmp_path / "run", "text", **made)
+    results = []
+    for _ in range(2):
+        assert command(words)[0] == 0
+        results.append(json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))["held out"])
+    assert results[0] == results[1], "the weights before the first step, fitted to the bigrams"
+
+
+@pytest.mark.parametrize("changes", [dict(lr=0.5), dict(top_k=3)], ids=str)
+def test_other_settings_are_refused_before_a_teacher_is_asked(place, tmp_path, command, monkeypatch, changes):
+    assert command(arguments(place, tmp_path / "run", questions=0))[0] == 0
+    for name in ("evaluate", "store"):
+        monkeypatch.setattr(distill, name, None)
+    code, _, err = command(arguments(place, tmp_path / "run", questions=0, **changes))
+    assert code == 2 and "holds a run with " in err, err
+
+
+def test_adapters_of_a_student_new_to_the_template_learn_its_tokens(place, foreign, tmp_path, command):
+    words = dict(init_from=foreign / "plain", lora_rank=2, questions=0)
+    assert command(arguments(place, tmp_path / "run", **words))[0] == 0
+    base, _ = load_model(foreign / "plain")
+    student, tokenizer = load_model(tmp_path / "run")
+    begun, _ = sft.with_template(base, load_tokenizer(foreign / "plain" / "tokenizer.json"), CHATML, CPU)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old, new = (model.state_dict()[name] for model in (begun, student))
+        assert torch.equal(old[:259], new[:259]) and not torch.equal(old[STOP], new[STOP]), \
+            "without the rows of the tokens that are new to it, a student cannot learn to end"
+
+
+def test_a_student_is_made_without_its_teachers_rows_to_spare(place, tmp_path, command):
+    save_model(model_for(vocab_size=TOKENIZER.vocab_size + 9), TOKENIZER, tmp_path / "padded")
+    made = dict(teacher=tmp_path / "padded", init_from=None, dim=16, n_heads=2, on_policy=1)
+    code, _, err = command(arguments(place, tmp_path / "run", **made))
+    assert code == 0, err
+    assert load_model(tmp_path / "run")[0].config.vocab_size == TOKENIZER.vocab_size
+    made = made | dict(student="layers", dim=None, n_heads=None, on_policy=0)
+    code, _, err = command(arguments(place, tmp_path / "layers", **made))
+    assert code == 0, f"a row to spare that is drawn has no text, and ends nothing: {err}"
+
+
+def test_models_are_compared_whatever_the_teachers_tokenizer(place, foreign, tmp_path, command):
+    words = arguments(place, tmp_path / "none", init_from=None, compare=place / "student",
+                      teacher=foreign / "plain")
+    code, out, err = command(words)
+    assert code == 0 and "sampled: entropy" in out and "KL from the teacher" not in out, err
+    code, out, err = command([*words, str(tmp_path / "missing")])
+    assert code == 2 and "there is no model folder " in err and "evaluate" not in err, err
 
 
 def test_answers_of_several_stand_side_by_side(place, tmp_path, command):
@@ -406,15 +459,12 @@ def alone(place, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"data_parallel": "fsdp"},
-                                    {"data_parallel": "fsdp", "match": "hidden"},
-                                    {"data_parallel": "fsdp", "top_k": 4},
-                                    {"data_parallel": "fsdp", "lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{}, *({"data_parallel": "fsdp", **changes} for changes in (
+    {}, {"match": "hidden"}, {"top_k": 4}, {"lora_rank": 2}, {"lora_rank": 2, "match": "hidden"}))], ids=str)
 def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
     same = {name: value for name, value in layout.items() if name != "data_parallel"}
     one = alone(**same)
-    two = run_stage("distill.py", arguments(place, tmp_path / "two", questions=0, steps=3, **layout),
-                    processes=2)
+    two = run_stage("distill.py", arguments(place, tmp_path / "two", questions=0, steps=3, **layout), 2)
     for a, b in zip(one, two, strict=True):
         assert a["targets"] == b["targets"]
         for name in ("loss_nats_per_token", "grad_norm", "kd_nats_per_token", "ce_nats_per_token"):
@@ -440,7 +490,7 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(teacher="{tmp}/none"), "there is no folder "),
     (dict(teacher="{tmp}/bare"), "has no tokenizer.json"),
     (dict(teacher="{tmp}/foreign"), "token 256 is b'th' to the student and b'ab' to the teacher"),
-    (dict(teacher="{tmp}/plain", init_from=None), "do not know <|im_start|> <|im_end|> of the template"),
+    (dict(teacher="{tmp}/plain", init_from=None), "/plain does not know <|im_start|> <|im_end|> of the"),
     (dict(init_from="{tmp}/none"), "there is no folder "),
     (dict(dim=8), "--dim 8 is for a student that is made"),
     (dict(init_from=None, lora_rank=2), "--lora_rank 2: adapters need a student that knows something"),
@@ -456,7 +506,17 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(tensor_parallel=2), "tensor_parallel"),
     (dict(data="{tmp}/none.jsonl"), "there is no "),
     (dict(data="{text}", on_policy=0.5), "--on_policy 0.5 is about replies, and "),
-    (dict(data="{shards}"), "were made with another tokenizer than that of teacher and student"),
+    (dict(data="{shards}"), "were made with another tokenizer than that of "),
+    (dict(steps=0), "--steps 0 is out of range"),
+    (dict(seq_len=0), "--seq_len 0 is out of range"),
+    (dict(bigram_steps=5), "--bigram_steps 5 is for a student with random weights"),
+    (dict(init_from=None, bigram_steps=5), "--bigram_steps 5 is for a student with random weights"),
+    (dict(data="{text}", init_from=None, student="layers", bigram_steps=5), "--bigram_steps 5 is for a"),
+    (dict(on_policy=0.5, max_new_tokens=64), "leave a prompt no room in seq_len 64"),
+    (dict(beta=0.3), "--beta 0.3 does nothing with --kind forward"),
+    (dict(skew=0.3, kind="jsd"), "--skew 0.3 does nothing with --kind jsd"),
+    (dict(match_weight=2), "--match_weight 2.0 does nothing with --kind forward and --match None"),
+    (dict(chunked_loss="false"), "--chunked_loss False is the only way here"),
 ])
 def test_mistakes_end_in_one_line_and_code_2_before_a_run_is_begun(place, foreign, tmp_path, command, changes,
                                                                    words):

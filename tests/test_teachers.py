@@ -237,13 +237,33 @@ def test_a_flipped_bit_a_cut_file_and_a_missing_one_are_seen(folder, name):
 
 @pytest.mark.parametrize("content, words", [
     ("{", "is damaged"), ("[]", "is not a JSON object"), (None, "has no meta.json"),
-    (json.dumps(IDENTITY), "is damaged"),
+    (json.dumps(IDENTITY), "is damaged"), ('{"dtype": "uint16"}', "is not that of a teacher's answers"),
     (json.dumps(IDENTITY | {"dtype": "O", "sha256": {}}), "is damaged")])
 def test_a_damaged_meta_is_seen(folder, content, words):
     (folder / "meta.json").unlink()
     if content is not None:
         (folder / "meta.json").write_text(content, encoding="utf-8")
     assert words in refused(Stored, folder, IDENTITY, np.arange(5))
+
+
+def test_ids_of_another_width_than_meta_says_are_seen(folder):
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    for changes, damaged in (({"dtype": "uint32"}, True), ({"k": float(K)}, False)):
+        (folder / "meta.json").write_text(json.dumps(meta | changes), "utf-8")
+        if damaged:
+            assert "is damaged: ids.bin is not of uint32" in refused(Stored, folder, IDENTITY, np.arange(5))
+        else:
+            Stored(folder, IDENTITY, np.arange(5)).of([1])
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "work/thesis.txt", "train.jsonl"])
+def test_a_folder_with_anything_else_is_left_as_it_was(tmp_path, shards, name):
+    (tmp_path / "mine" / name).parent.mkdir(parents=True)
+    (tmp_path / "mine" / name).write_text("years of work", "utf-8")
+    line = refused(store, teacher_for(), batches_of("text", shards), np.arange(5), K, 1.0, tmp_path / "mine",
+                   IDENTITY, CPU)
+    assert f"mine holds {name}, which is none of a teacher's answers" in line
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [name.rpartition("/")[2]]
 
 
 @pytest.mark.parametrize("what, other", [("teacher", "u"), ("data", "e"), ("k", 9), ("temperature", 2.0),
@@ -395,8 +415,9 @@ def test_two_real_processes_store_and_learn_what_one_does(tmp_path, shards):
 
 def test_from_stored_answers_a_student_learns_its_teacher(tmp_path, shards):
     teacher, batches = teacher_for(), batches_of("text", shards)
-    store(teacher, batches, np.arange(batches.windows), 32, 1.0, tmp_path / "a", IDENTITY, CPU)
-    lessons = distill.Lessons(batches, Stored(tmp_path / "a", IDENTITY, np.arange(batches.windows)))
+    windows, identity = np.arange(batches.windows), IDENTITY | {"k": 32}
+    store(teacher, batches, windows, 32, 1.0, tmp_path / "a", identity, CPU)
+    lessons = distill.Lessons(batches, Stored(tmp_path / "a", identity, windows))
     student = random_model(vocab_size=TOKENIZER.vocab_size, dim=16, n_kv_heads=4)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
     settings, losses = SimpleNamespace(match=None, kd_weight=1.0, divergence=Divergence()), []

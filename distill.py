@@ -43,7 +43,7 @@ from lora import Adapter, add_adapter, base_of, effective_weight, load_base, ope
 from matching import add_projection, attention_match, hidden_match, watched
 from model import Transformer
 from objectives import next_token_loss
-from parallel import Env
+from parallel import Env, take_from_first
 from rejection import weights_of
 from rollouts import bring_up_to_date, lay_out, roll_out, whole_copy
 from students import check_smaller, describe_student, layers_student, random_student, width_student
@@ -367,9 +367,10 @@ def learn(settings: Settings, model: Transformer, tokenizer: Tokenizer, teacher:
                 "content": content_of(batches), "base": base_of(model).get("sha256"),
                 "student_weights": weights_of(settings.init_from) if settings.init_from else None}
     check_newest(Path(settings.out), identity_of(settings) | identity)  # before long work for nothing
-    model.to(env.device)
     if settings.bigram_steps:  # where a run goes on, too: "before" is what it began with
         env.first(lambda: bigram_start(model, batches.data, settings.bigram_steps), patient=True)
+        take_from_first(model, env)
+    model.to(env.device)
     figures, lessons, live = {}, Lessons(batches), None
     if settings.needs_teacher:
         figures["teacher"] = held_out(teacher.to(env.device), settings.teacher, val, env)

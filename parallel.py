@@ -344,8 +344,7 @@ def parallelize(model: nn.Module, env: Env) -> nn.Module:
         recompute_and_compile(model, env)
         return model
     check_layout(model, env)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.data, src=0, group=env.patient)  # on the CPU still
+    take_from_first(model, env)  # on the CPU still
     if compute.tensor_parallel > 1:
         tensor_parallel(model, env.mesh["tensor"])
     recompute_and_compile(model, env)
@@ -359,6 +358,13 @@ def parallelize(model: nn.Module, env: Env) -> nn.Module:
         shard(root, env)
     model.__dict__["root"] = root  # not as a submodule: the model is inside it already
     return model
+
+
+def take_from_first(model: nn.Module, env: Env):
+    """Give the model on every process the weights that it has on process 0."""
+    if env.world_size > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, src=0, group=env.patient)
 
 
 def mean_in_bf16(state, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

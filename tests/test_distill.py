@@ -473,6 +473,17 @@ def test_two_processes_learn_what_one_does(alone, place, tmp_path, layout):
 
 
 @pytest.mark.slow
+def test_two_processes_begin_with_the_same_student_that_was_fitted_to_the_bigrams(place, tmp_path):
+    made = dict(init_from=None, dim=16, n_heads=2, questions=None, bigram_steps=8, steps=1)
+    before = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        run_stage("distill.py", arguments(place, out, "text", **made), processes)
+        before.append(json.loads((out / "results.json").read_text("utf-8"))["held out"]["before"]["loss"])
+    assert before[0] == pytest.approx(before[1], rel=1e-4), "the other process was not told of the fit"
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_bytes(place, tmp_path):
     common = dict(steps=12, questions=0, data_parallel="fsdp", on_policy=0.5)
     check_a_killed_run("distill.py", lambda out: arguments(place, out, **common), tmp_path)

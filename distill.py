@@ -498,15 +498,15 @@ def stored_answers(settings: Settings, teacher: Transformer, tokenizer: Tokenize
     known = {"teacher": identity["teacher_weights"], "data": identity["content"], "k": settings.top_k,
              "temperature": settings.temperature, "seq_len": settings.seq_len, "precision": env.precision}
     name = f"teacher-{fingerprint(known, windows.tolist())[:8]}"
-    data = Path(settings.data)
-    folder = Path(settings.stored) if settings.stored else data / name if data.is_dir() else \
-        data.with_name(f"{data.name}.{name}")
+    folder = Path(settings.stored or f"{Path(settings.data)}.{name}")  # not in it: data.py --overwrite would
+                                                                       # refuse the folder
     if not env.any((folder / "meta.json").exists(), patient=True):
         store(teacher, batches, windows, settings.top_k, settings.temperature, folder, known, env,
               tokenizer.vocab_size)
     else:
         env.say(f"the teacher's answers: {folder}")
-    return Stored(folder, known, windows, verify=env.rank == 0)
+    env.first(lambda: Stored(folder, known, windows), patient=True)  # what is damaged is told once
+    return Stored(folder, known, windows, verify=False)
 
 
 # ------------------------------------------------------------------------------------------------------------

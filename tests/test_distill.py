@@ -353,6 +353,14 @@ def test_stored_answers_are_made_once_and_read_again(place, tmp_path, command, m
         assert code == 2 and what in err, err
 
 
+def test_stored_answers_lie_beside_the_data_and_not_in_it(place, tmp_path, command):
+    before, beside = sorted(path.name for path in (place / "text").iterdir()), set(place.iterdir())
+    code, _, err = command(arguments(place, tmp_path / "run", "text", top_k=3))
+    [made] = set(place.iterdir()) - beside
+    assert code == 0 and made.name.startswith("text.teacher-"), err
+    assert sorted(path.name for path in (place / "text").iterdir()) == before, "data.py would not replace it"
+
+
 @pytest.mark.parametrize("data, changes", [
     ("chat", {}), ("chat", dict(on_policy=0.6)), ("chat", dict(lora_rank=2, lora_dropout=0.1)),
     ("text", dict(match="hidden")), ("chat", dict(match="hidden", lora_rank=2)),

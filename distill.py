@@ -344,6 +344,10 @@ def distil(settings: Settings, env: Env) -> None:
     check_same_tokens(teachers_tokenizer, tokenizer, settings.teacher)
     check_length(settings, teacher, settings.teacher)
     check_length(settings, model, "the student")
+    rows, known = model.config.vocab_size, teacher.config.vocab_size
+    if settings.on_policy and rows > known:
+        raise UserError(f"--on_policy {settings.on_policy}: the student may draw one of {rows:,} ids, and "
+                        f"the teacher {settings.teacher} reads {known:,} alone; leave it out")
     open_data = open_text if settings.kind_of_data == "text" else open_conversations
     batches, val, questions = open_data(settings, settings.teacher, tokenizer, env)
     if settings.steps is None:
@@ -544,7 +548,7 @@ def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> 
     """What a model's answers to held-out questions are like, each figure a mean.
 
     from the teacher: KL(student | teacher) in nats an answer, from the student's samples; none where
-    --teacher has another tokenizer.
+    --teacher has another tokenizer, or fewer rows to spare.
     """
     model, tokenizer = open_model(folder, env.device)
     found = rejection.measure(model, tokenizer, questions, settings)
@@ -558,7 +562,8 @@ def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> 
         means["sampled: entropy, nats a token"] = -sum(sample["logp"] for sample in samples) / tokens
         means["sampled: tokens"] = tokens / len(samples)
         teacher, own = open_teacher(settings.teacher, device=env.device)
-        if own.fingerprint == tokenizer.fingerprint:
+        reads_all = teacher.config.vocab_size >= model.config.vocab_size
+        if own.fingerprint == tokenizer.fingerprint and reads_all:
             means["sampled: KL from the teacher, nats"] = kl_from(found["sampled"], teacher, env.device)[0]
     return means
 

@@ -430,6 +430,15 @@ def test_a_student_is_made_without_its_teachers_rows_to_spare(place, tmp_path, c
     assert code == 0, f"a row to spare that is drawn has no text, and ends nothing: {err}"
 
 
+def test_what_a_student_may_draw_and_its_teacher_cannot_read_is_not_asked_about(place, tmp_path, command):
+    save_model(student_for(vocab_size=TOKENIZER.vocab_size + 9), TOKENIZER, tmp_path / "padded")
+    words = dict(init_from=tmp_path / "padded", max_new_tokens=40)
+    code, _, err = command(arguments(place, tmp_path / "run", on_policy=1, **words))
+    assert code == 2 and "may draw one of 270 ids, and the teacher " in err, err
+    code, out, err = command(arguments(place, tmp_path / "run", **words))
+    assert code == 0 and "sampled: entropy" in out and "KL from the teacher" not in out, err
+
+
 def test_models_are_compared_whatever_the_teachers_tokenizer(place, foreign, tmp_path, command):
     words = arguments(place, tmp_path / "none", init_from=None, compare=place / "student",
                       teacher=foreign / "plain")

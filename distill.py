@@ -44,7 +44,7 @@ from matching import add_projection, attention_match, hidden_match, watched
 from model import Transformer
 from objectives import next_token_loss
 from parallel import Env, take_from_first
-from rejection import weights_of
+from rejection import check_tokenizer, weights_of
 from rollouts import bring_up_to_date, lay_out, roll_out, whole_copy
 from students import check_smaller, describe_student, layers_student, random_student, width_student
 from survive import check_newest, open_run_folder
@@ -99,9 +99,7 @@ def lesson_loss(model: Transformer, batch: tuple[Lesson], teacher: Transformer |
 
 def held_out_loss(model: Transformer, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """The plain loss, nats a token, whatever is learnt from: what students and others are compared by."""
-    inputs, targets, *documents = batch
-    return next_token_loss(model, (inputs, targets, Mask(documents=documents[0]) if documents else None),
-                           sparse=bool(documents))
+    return sft.reply_loss(model, batch) if len(batch) == 3 else next_token_loss(model, batch)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -469,19 +467,12 @@ def open_text(settings: Settings, folder: str, tokenizer: Tokenizer,
 
 def open_conversations(settings: Settings, folder: str, tokenizer: Tokenizer, env: Env) -> tuple:
     """(batches, held-out batches, questions to answer) of conversations, as sft.py has them."""
-    template = TEMPLATES[settings.template]
-    missing = [token for token in template.special if token not in tokenizer.special_tokens]
-    if missing:
-        raise UserError(f"{folder} does not know {' '.join(missing)} of the template {settings.template}; "
-                        f"what sft.py makes does, as --teacher runs/sft")
-    place, kept, packed = {"rank": env.data_rank, "world_size": env.data_world_size}, {}, {}
+    check_tokenizer(tokenizer, folder, settings.template)
+    kept, examples = {}, {}
     for split, conversations in sft.read_splits(settings, env).items():
-        kept[split], examples = sft.examples_of(conversations, tokenizer, template, settings.seq_len,
-                                                say=env.say)
-        packed[split] = sft.Packed(examples, micro_batch(settings, env), settings.seq_len, settings.seed,
-                                   **place)
-        env.say(f"{split}: {len(examples):,} conversations in {packed[split].windows:,} windows of "
-                f"{settings.seq_len} tokens, {packed[split].padding:.1%} padding")
+        kept[split], examples[split] = sft.examples_of(conversations, tokenizer, TEMPLATES[settings.template],
+                                                       settings.seq_len, say=env.say)
+    packed = sft.pack_splits(settings, examples, env)
     return packed["train"], packed["val"], sft.spread(kept["val"], settings.questions)
 
 
@@ -495,10 +486,8 @@ def content_of(batches) -> str:
 def stored_answers(settings: Settings, teacher: Transformer, tokenizer: Tokenizer, batches: Batches,
                    identity: dict, env: Env) -> Stored:
     """The folder of the teacher's answers about all windows of this run; made if missing."""
-    places = settings.steps * settings.batch_size
-    windows = np.unique(batches.at_places(range(min(places, batches.windows))))
-    if places > batches.windows:
-        windows = np.arange(batches.windows)
+    places = min(settings.steps * settings.batch_size, batches.windows)  # an epoch has all windows
+    windows = np.unique(batches.at_places(range(places)))
     known = {"teacher": identity["teacher_weights"], "data": identity["content"], "k": settings.top_k,
              "temperature": settings.temperature, "seq_len": settings.seq_len, "precision": env.precision}
     name = f"teacher-{fingerprint(known, windows.tolist())[:8]}"

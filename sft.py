@@ -492,11 +492,8 @@ def pack(settings: Settings, examples: dict[str, list[Example]], tokenizer: Toke
     reach: tokens of a window of that plain text: as many as the base model read.
     """
     place = {"rank": env.data_rank, "world_size": env.data_world_size}
-    size, packed, verify = (micro_batch(settings, env), settings.seq_len), {}, env.rank == 0
-    for split, chosen in examples.items():
-        packed[split] = Packed(chosen, *size, settings.seed, **place)
-        env.say(f"{split}: {len(chosen):,} conversations in {packed[split].windows:,} windows of "
-                f"{settings.seq_len} tokens, {packed[split].padding:.1%} padding")
+    size, verify = (micro_batch(settings, env), settings.seq_len), env.rank == 0
+    packed = pack_splits(settings, examples, env)
     batches, validation = packed["train"], {"": packed["val"]}
     packed["val"].text_bytes = learnt_bytes(examples["val"], tokenizer)
     if settings.replay:
@@ -506,6 +503,16 @@ def pack(settings: Settings, examples: dict[str, list[Example]], tokenizer: Toke
         batches = Replay(batches, old, settings.replay_share)
         validation["plain_"] = PlainText(settings.replay, "val", size[0], reach, **place, verify=verify)
     return batches, validation
+
+
+def pack_splits(settings, examples: dict[str, list[Example]], env: Env) -> dict[str, Packed]:
+    """Each split's examples in windows, of which this process has its part; says how full they are."""
+    packed = {split: Packed(chosen, micro_batch(settings, env), settings.seq_len, settings.seed,
+                            env.data_rank, env.data_world_size) for split, chosen in examples.items()}
+    for split, batches in packed.items():
+        env.say(f"{split}: {len(batches.examples):,} conversations in {batches.windows:,} windows of "
+                f"{settings.seq_len} tokens, {batches.padding:.1%} padding")
+    return packed
 
 
 def learnt_bytes(examples: Sequence[Example], tokenizer: Tokenizer) -> int:

@@ -37,19 +37,20 @@ from bpe import Tokenizer
 from chat import TEMPLATES
 from config import UserError, open_whole, parse, require, run, show
 from divergence import Divergence, Kind, TopK, kd_loss, linear_kd_loss  # noqa: F401: kd_loss for others
+from dpo import check_length, frozen
 from dpo import divergence as kl_from
-from dpo import frozen
 from lora import Adapter, add_adapter, base_of, effective_weight, load_base, open_model
 from matching import add_projection, attention_match, hidden_match, watched
 from model import Transformer
 from objectives import next_token_loss
 from parallel import Env, take_from_first
 from rejection import check_tokenizer, weights_of
-from rollouts import bring_up_to_date, lay_out, roll_out, whole_copy
+from rollouts import drawn_now, lay_out, whole_copy
 from students import check_smaller, describe_student, layers_student, random_student, width_student
 from survive import check_newest, open_run_folder
 from teachers import Stored, asked, check_same_tokens, open_teacher, store
 from train import Loop, bigram_start, evaluate, guarded, identity_of, micro_batch, train
+from watch import spent
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,7 +149,8 @@ class OnPolicy(Wrapped):
             return self.batches.at(step)
         generator = torch.Generator(self.env.device).manual_seed(
             ((seed * 1_000_003 + step) * 1_009 + self.env.data_rank) % 2 ** 63)
-        rollout = self.draw(prompts, generator)
+        rollout = drawn_now(self.model, self.sampler, self.env, prompts, self.tokenizer, self.stop_id, 1,
+                            self.max_new_tokens, generator=generator, at_once=64)
         inputs, targets, documents, *_ = lay_out(rollout, range(len(rollout)), self.batches.seq_len)
         return Lesson(inputs, targets, documents, own=True),
 
@@ -161,16 +163,6 @@ class OnPolicy(Wrapped):
                 if len(prompt) + self.max_new_tokens <= self.batches.seq_len + 1:
                     found.append(prompt)
         return found
-
-    def draw(self, prompts: list[list[int]], generator: torch.Generator):
-        bring_up_to_date(self.sampler, self.model)
-        training = self.sampler.training
-        self.sampler.eval()  # no dropout
-        with self.env.autocast(), torch.compiler.set_stance("force_eager"):
-            rollout = roll_out(self.sampler, prompts, self.tokenizer, self.stop_id, 1, self.max_new_tokens,
-                               generator=generator, at_once=64)
-        self.sampler.train(training)
-        return rollout
 
 
 def last_prompt(ids: np.ndarray, learnt: np.ndarray) -> list[int]:
@@ -445,13 +437,6 @@ def calibration(settings: Settings, windows: int = 64) -> Tensor:
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-def check_length(settings: Settings, model: Transformer, name: str):
-    """Raise UserError where the model reads less than a window."""
-    if settings.seq_len > model.config.max_seq_len:
-        raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
-                        f"{name}; pass a shorter --seq_len")
-
-
 def open_text(settings: Settings, folder: str, tokenizer: Tokenizer,
               env: Env) -> tuple[Batches, Batches, list]:
     """(batches, held-out batches, no questions) of token shards; tokenizer: that of the model in `folder`."""
@@ -528,9 +513,7 @@ def report(settings: Settings, figures: dict, last: dict, questions: list[dict],
         print_table({settings.out: results["answers"]})
     with open_whole(Path(settings.out) / "results.json", "w") as file:
         json.dump(results, file, indent=1)
-    log = Path(settings.out, "log.jsonl").read_text(encoding="utf-8").splitlines()
-    print(f"{'-' * 80}\n{sum(json.loads(line)['seconds'] for line in log):.0f} s in steps, peak memory "
-          f"{last.get('memory_gib', math.nan):.3f} GiB\nmodel: {settings.out}")
+    print(f"{'-' * 80}\n{spent(Path(settings.out), last)}\nmodel: {settings.out}")
 
 
 def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> dict[str, float]:

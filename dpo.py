@@ -47,6 +47,7 @@ from preferences import Pair, encode_pairs, read_preferences
 from rejection import Sampling, check_tokenizer, make_pairs
 from survive import alone, open_run_folder
 from train import Loop, evaluate, guarded, micro_batch, train
+from watch import spent
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -414,8 +415,7 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings, env: Env)
     with open_whole(out / "rewards.svg", "w") as file:
         file.write(line_chart("Rewards in training: what is learnt is their difference", "step",
                               "nats x beta", curves))
-    print(f"{'-' * 80}\n{sum(line['seconds'] for line in lines):.0f} s in steps, peak memory "
-          f"{last.get('memory_gib', math.nan):.3f} GiB\nmodel: {out}; curves: {out / 'rewards.svg'}")
+    print(f"{'-' * 80}\n{spent(out, last)}\nmodel: {out}; curves: {out / 'rewards.svg'}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -589,9 +589,7 @@ def prefer(settings: Settings, env: Env) -> None:
         make_only(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
     check_tokenizer(tokenizer, settings.init_from, settings.template)
-    if settings.seq_len > model.config.max_seq_len:
-        raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
-                        f"{settings.init_from}; pass a shorter --seq_len")
+    check_length(settings, model, settings.init_from)
     splits = pack(settings, read_splits(settings, tokenizer, env), env)
     pairs_to_see = splits["train"].windows * settings.epochs
     settings.steps = settings.steps or math.ceil(pairs_to_see / settings.batch_size)
@@ -611,6 +609,13 @@ def prefer(settings: Settings, env: Env) -> None:
         last = train(model, splits["train"], loss_fn, settings, env, tokenizer, splits["val"],
                      identity(settings, splits) | {"base": base_of(model).get("sha256")})
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)
+
+
+def check_length(settings, model: Transformer, name: str):
+    """Raise UserError where the model, which `name` stands for, reads less than a window."""
+    if settings.seq_len > model.config.max_seq_len:
+        raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
+                        f"{name}; pass a shorter --seq_len")
 
 
 def read_splits(settings, tokenizer: Tokenizer, env: Env,
@@ -655,9 +660,7 @@ def prepare_reference(settings: Settings, model: Transformer, tokenizer: Tokeniz
         if own is None or own.fingerprint != tokenizer.fingerprint:
             raise UserError(f"the reference {folder} has another tokenizer than {settings.init_from}: their "
                             f"log-probabilities are of other tokens; choose another --reference_model")
-        if other.config.max_seq_len < settings.seq_len:
-            raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {other.config.max_seq_len} of "
-                            f"the reference {folder}; pass a shorter --seq_len")
+        check_length(settings, other, f"the reference {folder}")
         return frozen(other, env)
     if settings.reference == "model":
         return second()

@@ -51,11 +51,10 @@ from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficien
 from rejection import check_tokenizer, in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Rewards
-from rollouts import (Rollout, bring_up_to_date, lay_out, read_replies, reply_values, roll_out,
-                      whole_copy)
+from rollouts import Rollout, drawn_now, lay_out, read_replies, reply_values, roll_out, whole_copy
 from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
 from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
-from watch import Log, peak_memory
+from watch import Log, peak_memory, spent
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -301,12 +300,9 @@ def reinforce(run: Run, cast: Cast, prompts: Prompts, settings: Settings, env: E
 def draw(policy: Transformer, cast: Cast, prompts: list[list[int]], settings: Settings, env: Env,
          generator: torch.Generator) -> Rollout:
     """Replies of the policy as it is now."""
-    bring_up_to_date(cast.sampler, policy)
-    cast.sampler.eval()  # no dropout, here or in scoring or learning
-    with env.autocast(), torch.compiler.set_stance("force_eager"):
-        return roll_out(cast.sampler, prompts, cast.tokenizer, cast.stop_id, settings.samples,
-                        settings.max_new_tokens, settings.temperature, generator,
-                        max(1, settings.prompts_at_once // settings.samples), progress=env.rank == 0)
+    return drawn_now(policy, cast.sampler, env, prompts, cast.tokenizer, cast.stop_id, settings.samples,
+                     settings.max_new_tokens, settings.temperature, generator,
+                     max(1, settings.prompts_at_once // settings.samples), progress=env.rank == 0)
 
 
 def rewarded(cast: Cast, questions: Sequence[dict], rollout: Rollout, settings: Settings,
@@ -781,9 +777,8 @@ def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rew
         names = {"reward": "reward", **{f"reward_{name}": name for name in rewards.weights}}
         file.write(line_chart("Rewards of the replies that are learnt from", "step", "mean", {
             label: [(line["step"], line[name]) for line in lines] for name, label in names.items()}))
-    seconds = sum(line["seconds"] for line in lines)
-    print(f"{seconds:.0f} s in steps, peak memory {last.get('memory_gib', math.nan):.3f} GiB\nmodel: {out}; "
-          f"pictures: {out / 'rewards.svg'}" + f", {out / 'kl.svg'}" * bool(numbers))
+    print(f"{spent(out, last)}\nmodel: {out}; pictures: {out / 'rewards.svg'}"
+          + f", {out / 'kl.svg'}" * bool(numbers))
 
 
 def against_kl(start: dict, lines: list[dict], rewards: Rewards) -> str:

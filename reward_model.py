@@ -377,9 +377,7 @@ def train_reward_model(settings: Settings, env: Env) -> None:
     dpo.require_weights(settings)
     base, tokenizer = open_model(settings.init_from)
     check_tokenizer(tokenizer, settings.init_from, settings.template)
-    if settings.seq_len > base.config.max_seq_len:
-        raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {base.config.max_seq_len} of "
-                        f"{settings.init_from}; pass a shorter --seq_len")
+    dpo.check_length(settings, base, settings.init_from)
     # the last token of an answer needs a place too, so a side has no more than seq_len
     pairs = dpo.read_splits(settings, tokenizer, env, settings.seq_len - 1)
     splits = pack(settings, pairs, env)

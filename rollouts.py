@@ -103,6 +103,20 @@ def bring_up_to_date(sampler: Transformer, policy: Transformer):
             p.copy_(whole.full_tensor() if isinstance(whole, DTensor) else whole)
 
 
+def drawn_now(policy: Transformer, sampler: Transformer, env: Env, *arguments, **options) -> Rollout:
+    """roll_out of the policy as it is now, by the sampler, without dropout, which is then as it was.
+
+    arguments, options: those of roll_out behind the model.
+    """
+    bring_up_to_date(sampler, policy)
+    training = sampler.training
+    sampler.eval()
+    with env.autocast(), torch.compiler.set_stance("force_eager"):
+        rollout = roll_out(sampler, *arguments, **options)
+    sampler.train(training)
+    return rollout
+
+
 # ---- in windows, for one pass ------------------------------------------------------------------------------
 
 

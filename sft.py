@@ -15,7 +15,6 @@ The loop, the loss and all layouts are pretraining's (train.py). Unlike pretrain
 """
 import contextlib
 import hashlib
-import json
 import math
 import re
 import sys
@@ -48,6 +47,7 @@ from parallel import Env
 from positions import extended
 from survive import open_run_folder
 from train import Loop, evaluate, guarded, micro_batch, train
+from watch import spent
 
 Example = tuple[list[int], list[bool]]  # ids of a conversation and its mask, as `render` gives them
 
@@ -583,9 +583,7 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings,
         question, truth = (message["content"] for message in conversation["messages"][-2:])
         print(f"{'-' * 80}\n{question}\n>>> before: {old[0]!r:.200}\n>>> after:  {new[0]!r:.200}\n"
               f">>> author: {truth!r:.200}")
-    lines = map(json.loads, Path(settings.out, "log.jsonl").read_text(encoding="utf-8").splitlines())
-    print(f"{'-' * 80}\n{sum(line['seconds'] for line in lines):.0f} s in steps, peak memory "
-          f"{last.get('memory_gib', math.nan):.3f} GiB\nmodel: {settings.out}")
+    print(f"{'-' * 80}\n{spent(Path(settings.out), last)}\nmodel: {settings.out}")
 
 
 if __name__ == "__main__":

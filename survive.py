@@ -304,9 +304,10 @@ def put_back(model: nn.Module, optimizer, tensors: dict[str, dict[str, Tensor]])
     adapted, parameters = saved_tensors(model)
     for name, p in parameters.items():
         local_part(p).copy_(own_part(tensors["adapter_model" if adapted else "model"][name], p))
-    for name, p in tensors_beside(model).items():
+    beside = tensors_beside(model)
+    for name, p in beside.items():
         local_part(p).copy_(own_part(tensors["beside"][name], p))
-    parameters = parameters | tensors_beside(model)
+    parameters |= beside
     optimizer.state.clear()
     for name, whole in tensors["optimizer"].items():
         name, _, key = name.rpartition(".")

@@ -181,6 +181,13 @@ class Log:
             self.file.close()
 
 
+def spent(folder: Path, last: dict) -> str:
+    """What a run took, by its log, in words. last: the log's last line."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return (f"{sum(json.loads(line)['seconds'] for line in lines):.0f} s in steps, peak memory "
+            f"{last.get('memory_gib', math.nan):.3f} GiB")
+
+
 def log_line(step, lr, report, batches, seconds, model, settings, env, tokens=None, tokens_step=None,
              data_wait=0.0) -> dict:
     """The log's line for a step, counted from 0; units stand in the names.

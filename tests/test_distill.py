@@ -1,9 +1,7 @@
 """distill.py: lessons and their loss, the student's own replies, runs, and what is refused."""
 import functools
 import json
-import math
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from batches import IGNORE
 from config import UserError, open_whole, parse, require, run, show
-from objectives import own_rows, product_dtypes, rows_at_once
+from objectives import in_chunks, own_rows
 from plot import line_chart
 
 Kind = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"]
@@ -240,27 +240,10 @@ class LinearKD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher, targets, of: Divergence, kd_weight: float, with_gradient: bool):
-        device = hidden.device.type
-        product, exact = product_dtypes(device, weight)
-        weight, exact_weight = weight.to(product), weight.to(exact)
-        rows = rows_at_once(hidden, weight)
-        sums = hidden.new_zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        hidden_grad, weight_grad = torch.empty_like(hidden), None
-        if with_gradient and ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(hidden), rows):
-                some = slice(start, start + rows)
-                part = hidden[some]
-                logits = part.to(product) @ weight.T
-                values, grad = rows_kd(logits, teacher, some, targets[some], of, kd_weight, with_gradient)
-                del logits
-                sums += values
-                if with_gradient:
-                    grad = grad.to(exact)  # (rows, V)
-                    hidden_grad[some] = grad @ exact_weight
-                    if weight_grad is not None:
-                        weight_grad += grad.T @ part.to(exact)
+        def of_rows(logits: Tensor, some: slice) -> tuple[Tensor, Tensor | None]:
+            return rows_kd(logits, teacher, some, targets[some], of, kd_weight, with_gradient)
+        sums, hidden_grad, weight_grad = in_chunks(hidden, weight, of_rows, with_gradient,
+                                                   ctx.needs_input_grad[1], shape=(2,))
         ctx.save_for_backward(hidden_grad, weight_grad)
         kd, ce = sums
         ctx.mark_non_differentiable(kd, ce)

@@ -12,7 +12,7 @@ evaluation, and all that makes them fast and parallel are written once.
 """
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -92,26 +92,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, group, first: int, targets: Tensor,
                 with_gradient: bool) -> Tensor:
         """weight: the rows `first` … of the vocabulary, whose other rows are with the others of `group`."""
-        device, dtype = hidden.device.type, hidden.dtype
-        product, exact = product_dtypes(device, weight)
-        weight, exact_weight = weight.to(product), weight.to(exact)  # once, not for each few rows
-        rows = rows_at_once(hidden, weight)
-        loss_sum = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))
-        hidden_grad = torch.empty_like(hidden)
-        weight_grad = None  # of a frozen head nobody asks for it
-        if with_gradient and ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        with torch.autocast(device, enabled=False):
-            for part, part_grad, target in zip(hidden.split(rows), hidden_grad.split(rows),
-                                               targets.split(rows)):
-                losses, grad = rows_loss(part.to(product) @ weight.T, target, group, first)
-                loss_sum += losses.sum()
-                if with_gradient:
-                    grad = grad.to(exact)  # (rows, V)
-                    part_grad.copy_(grad @ exact_weight)
-                    if weight_grad is not None:
-                        weight_grad += grad.T @ part.to(exact)
-                del grad  # before the next rows' logits take as much again
+        def of_rows(logits: Tensor, some: slice) -> tuple[Tensor, Tensor]:
+            losses, grad = rows_loss(logits, targets[some], group, first)
+            return losses.sum(), grad
+        loss_sum, hidden_grad, weight_grad = in_chunks(hidden, weight, of_rows, with_gradient,
+                                                       ctx.needs_input_grad[1])
         if with_gradient:
             if group is not None:
                 dist.all_reduce(hidden_grad, group=group)
@@ -124,6 +109,35 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         weight_grad = None if weight_grad is None else weight_grad * scale
         return hidden_grad * scale, weight_grad, None, None, None, None
+
+
+def in_chunks(hidden: Tensor, weight: Tensor, of_rows: Callable, with_gradient: bool, weight_asks: bool,
+              shape: tuple = ()) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(the sums of what of_rows gives, gradients by hidden (N, C) and weight (V, C)), a few rows at a time.
+
+    of_rows: (logits (rows, V), which rows) -> (values of this shape, the loss's gradient by the logits or
+    None). weight_asks: for its gradient; of a frozen head nobody does. Without gradients these mean nothing.
+    """
+    device = hidden.device.type
+    product, exact = product_dtypes(device, weight)
+    weight, exact_weight = weight.to(product), weight.to(exact)  # once, not for each few rows
+    sums = hidden.new_zeros(shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    hidden_grad, weight_grad, rows = torch.empty_like(hidden), None, rows_at_once(hidden, weight)
+    if with_gradient and weight_asks:
+        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    with torch.autocast(device, enabled=False):
+        for start in range(0, len(hidden), rows):
+            some = slice(start, start + rows)
+            part = hidden[some]
+            values, grad = of_rows(part.to(product) @ weight.T, some)
+            sums += values
+            if with_gradient:
+                grad = grad.to(exact)  # (rows, V)
+                hidden_grad[some] = grad @ exact_weight
+                if weight_grad is not None:
+                    weight_grad += grad.T @ part.to(exact)
+            del grad  # before the next rows' logits take as much again
+    return sums, hidden_grad, weight_grad
 
 
 def product_dtypes(device: str, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import divergence
+import objectives
 from config import UserError
 from divergence import FLOOR, KINDS, Divergence, Live, TopK, fit, humps, kd_loss, linear_kd_loss
 from support import in_process, randn, seeded
@@ -417,7 +418,7 @@ def test_weight_0_needs_no_teacher():
 def test_how_many_rows_are_done_at_a_time_changes_nothing(monkeypatch, rows, k):
     of = Divergence("jsd", 0.3, temperature=2.0)
     expected = both_forms(linear_case(), of, 0.7, k)[0]
-    monkeypatch.setattr(divergence, "rows_at_once", lambda *_: rows)
+    monkeypatch.setattr(objectives, "rows_at_once", lambda *_: rows)
     found = both_forms(linear_case(), of, 0.7, k)[0]
     for ours, other in zip((found[0], *found[1]), (expected[0], *expected[1])):
         torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
@@ -487,7 +488,7 @@ def test_never_are_more_than_a_few_rows_logits_there(monkeypatch, kind, k):
     if k:
         teacher = TopK(torch.stack([torch.randperm(V, generator=seeded(i))[:k] for i in range(N)]),
                        randn(N, k + 1).log_softmax(-1))
-    monkeypatch.setattr(divergence, "rows_at_once", lambda *_: rows)
+    monkeypatch.setattr(objectives, "rows_at_once", lambda *_: rows)
     with Made() as made:
         linear_kd_loss(hidden, weight, teacher, targets, Divergence(kind), 0.5)[0].backward()
     bound = max(rows * V, N * (2 + 3), V * 2, N * (k or 0) + N)

@@ -79,6 +79,21 @@ def in_process(monkeypatch, capsys, main, *arguments):
     return code, *capsys.readouterr()
 
 
+def interrupted_once(monkeypatch, module, name, after) -> list:
+    """Have module.name raise KeyboardInterrupt in place of its call number `after`, counted from 0, and then
+    work again; returns a list that grows by the last argument of each call that was made."""
+    made, real, stopped = [], getattr(module, name), []
+
+    def once(*arguments):
+        if len(made) == after and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        made.append(arguments[-1])
+        return real(*arguments)
+    monkeypatch.setattr(module, name, once)
+    return made
+
+
 # ---- stages as programs ------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from checkpoint import save_model
 from config import UserError
 from parallel import Env
 from rewards import REWARDS, Reply, Reward, Rewards
-from support import in_process, program, random_model
+from support import in_process, interrupted_once, program, random_model
 from work import Work
 
 CPU = Env(torch.device("cpu"))
@@ -351,19 +351,11 @@ def test_a_folder_of_another_kind_is_left_alone(place, whole, tmp_path):
 
 
 def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_bytes(place, whole, tmp_path, monkeypatch):
-    drawn, real = [], rejection.draw
-
-    def failing(*arguments):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        drawn.append(arguments[-1])
-        return real(*arguments)
-    monkeypatch.setattr(rejection, "draw", failing)
+    drawn = interrupted_once(monkeypatch, rejection, "draw", after=2)
     with pytest.raises(KeyboardInterrupt):
         distil(settings_for(place, tmp_path / "a"), CPU)
     with pytest.raises(UserError, match="of other settings"):
         distil(settings_for(place, tmp_path / "a", samples=5), CPU)
-    monkeypatch.setattr(rejection, "draw", lambda *arguments: drawn.append(arguments[-1]) or real(*arguments))
     distil(settings_for(place, tmp_path / "a"), CPU)
     assert sorted(drawn) == list(range(4)), "what was drawn is not drawn again"
     assert content(tmp_path / "a") == whole

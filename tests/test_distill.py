@@ -22,7 +22,7 @@ from metaspace import load_tokenizer
 from objectives import next_token_loss
 from parallel import Env
 from rollouts import whole_copy
-from support import check_a_killed_run, in_process, random_ids, random_model, run_stage
+from support import check_a_killed_run, in_process, interrupted_once, random_ids, random_model, run_stage
 
 CPU = Env(torch.device("cpu"))
 TOKENIZER = with_chat_tokens(Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"]))  # 261 ids
@@ -367,17 +367,10 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(place, tmp_path
                                                                  changes):
     words = dict(steps=6, questions=0, stored=tmp_path / "answers" if "top_k" in changes else None, **changes)
     assert command(arguments(place, tmp_path / "whole", data, **words))[0] == 0
-    kind = OnPolicy if "on_policy" in changes else Lessons
-    at, stopped = kind.at, []
-
-    def stops_once(self, step):
-        if step == 3 and not stopped:
-            stopped.append(step)
-            raise KeyboardInterrupt
-        return at(self, step)
-    monkeypatch.setattr(kind, "at", stops_once)
+    steps = interrupted_once(monkeypatch, OnPolicy if "on_policy" in changes else Lessons, "at", after=3)
     assert command(arguments(place, tmp_path / "cut", data, **words))[0] != 0
     assert not (tmp_path / "cut" / "model.safetensors").exists()
+    assert steps == [0, 1, 2]
     code, _, err = command(arguments(place, tmp_path / "cut", data, **words))
     assert code == 0, err
     name = "adapter/adapter_model.safetensors" if "lora_rank" in changes else "model.safetensors"

@@ -18,7 +18,7 @@ from config import UserError
 from dpo import sequence_logps
 from parallel import Env
 from rejection import best_answer, make_pairs, preference, quality, sample_replies, sign_test
-from support import in_process, random_model, seeded
+from support import in_process, interrupted_once, random_model, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Env(torch.device("cpu"))
@@ -188,17 +188,9 @@ def test_overwrite_makes_it_anew_and_leaves_strangers_alone(place, tmp_path):
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_in_the_same_bytes(made, place, tmp_path, monkeypatch):
-    drawn, real = [], rejection.draw
-
-    def failing(*arguments):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        drawn.append(arguments[-1])
-        return real(*arguments)
-    monkeypatch.setattr(rejection, "draw", failing)
+    drawn = interrupted_once(monkeypatch, rejection, "draw", after=2)
     with pytest.raises(KeyboardInterrupt):
         make_pairs(settings_for(place), place / "model", tmp_path / "pairs", CPU)
-    monkeypatch.setattr(rejection, "draw", lambda *arguments: drawn.append(arguments[-1]) or real(*arguments))
     make_pairs(settings_for(place), place / "model", tmp_path / "pairs", CPU)
     assert sorted(drawn) == list(range(4)), "what was drawn is not drawn again"
     assert content(tmp_path / "pairs") == content(made)

@@ -17,7 +17,6 @@ Without a look into the teacher, from its answers alone: answers.py, then sft.py
 """
 import contextlib
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -50,7 +49,7 @@ from students import check_smaller, describe_student, layers_student, random_stu
 from survive import check_newest, open_run_folder
 from teachers import Stored, asked, check_same_tokens, open_teacher, store
 from train import Loop, bigram_start, evaluate, guarded, identity_of, micro_batch, train
-from watch import spent
+from watch import spent, write_results
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -509,15 +508,19 @@ def report(settings: Settings, figures: dict, last: dict, questions: list[dict],
               (f"{in_bits:>9.4f} bits per byte" if in_bits else " of replies"))
     results = {"held out": figures}
     if questions:
-        results["answers"] = answer(settings, settings.out, questions, env)
+        results["answers"], replies = answer(settings, settings.out, questions, env)
         print_table({settings.out: results["answers"]})
-    with open_whole(Path(settings.out) / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
+        results["samples"] = [
+            {"prompt": asked["messages"][-2]["content"], "after": reply,
+             "author": asked["messages"][-1]["content"]}
+            for asked, (reply, _) in sft.spread(list(zip(questions, replies)), 5)]
+    write_results(settings.out, results)
     print(f"{'-' * 80}\n{spent(Path(settings.out), last)}\nmodel: {settings.out}")
 
 
-def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> dict[str, float]:
-    """What a model's answers to held-out questions are like, each figure a mean.
+def answer(settings: Settings, folder: str, questions: list[dict],
+           env: Env) -> tuple[dict[str, float], list[tuple[str, bool]]]:
+    """(what a model's answers to held-out questions are like, each figure a mean; its greedy answers).
 
     from the teacher: KL(student | teacher) in nats an answer, from the student's samples; none where
     --teacher has another tokenizer, or fewer rows to spare.
@@ -537,7 +540,7 @@ def answer(settings: Settings, folder: str, questions: list[dict], env: Env) -> 
         reads_all = teacher.config.vocab_size >= model.config.vocab_size
         if own.fingerprint == tokenizer.fingerprint and reads_all:
             means["sampled: KL from the teacher, nats"] = kl_from(found["sampled"], teacher, env.device)[0]
-    return means
+    return means, found["greedy"]
 
 
 def distinct(texts: Sequence[str]) -> float:
@@ -574,7 +577,7 @@ def compare(settings: Settings, env: Env):
         if text:
             found[folder]["held out, bits per byte"] = result["bits_per_byte"]
         if questions:
-            env.first(lambda: found[folder].update(answer(settings, folder, questions, env)), patient=True)
+            env.first(lambda: found[folder].update(answer(settings, folder, questions, env)[0]), patient=True)
     env.first(lambda: print_table(found))
 
 

@@ -47,7 +47,7 @@ from preferences import Pair, encode_pairs, read_preferences
 from rejection import Sampling, check_tokenizer, make_pairs
 from survive import alone, open_run_folder
 from train import Loop, evaluate, guarded, micro_batch, train
-from watch import spent
+from watch import spent, write_results
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -400,15 +400,10 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings, env: Env)
     print(f"{'held out':<48}{'before':>10}{'after':>10}")
     for label, (one, other, note) in rows.items():
         print(f"{label:<48}{one:>10.4f}{other:>10.4f}  {note}".rstrip())
-    chosen = sft.spread(list(zip(asked, before["greedy"], after["greedy"])), 4)
-    for question, was, now in chosen:
-        print(f"{'-' * 80}\n{question['messages'][-2]['content']}\n>>> before: {was[0]!r:.200}\n"
-              f">>> after:  {now[0]!r:.200}\n>>> author: {question['messages'][-1]['content']!r:.200}")
     results = {label: {"before": float(one), "after": float(other), "note": note}
                for label, (one, other, note) in rows.items()}
     results["each question"] = {name: {"before": old[name], "after": new[name]} for name in old}
-    with open_whole(out / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
+    write_results(out, results | {"samples": sft.side_by_side(asked, before["greedy"], after["greedy"])})
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     curves = {label: [(line["step"], line[name]) for line in lines if line[name] is not None] for name, label
               in {"margin": "margin", "chosen_reward": "chosen", "rejected_reward": "rejected"}.items()}

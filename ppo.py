@@ -54,7 +54,7 @@ from rewards import Rewards
 from rollouts import Rollout, drawn_now, lay_out, read_replies, reply_values, roll_out, whole_copy
 from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
 from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
-from watch import Log, peak_memory, spent
+from watch import Log, peak_memory, spent, write_results
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -758,8 +758,8 @@ def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rew
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     results = {}
     if numbers:
-        before, after = (answered(folder, asked, numbers, rewards, settings, env)
-                         for folder in (settings.init_from, out))
+        (before, old), (after, new) = (answered(folder, asked, numbers, rewards, settings, env)
+                                       for folder in (settings.init_from, out))
         print(f"{'held out':<40}{'before':>10}{'after':>10}")
         for name in before:
             note = in_words(before[name], after[name])
@@ -771,8 +771,8 @@ def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rew
         print(f"{'KL from the start, nats a reply':<40}{0:>10.4f}{kl:>10.4f}")
         with open_whole(out / "kl.svg", "w") as file:
             file.write(against_kl(start, lines, rewards))
-    with open_whole(out / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
+        results["samples"] = sft.side_by_side([asked.questions[i] for i in numbers], old, new)
+    write_results(out, results)
     with open_whole(out / "rewards.svg", "w") as file:
         names = {"reward": "reward", **{f"reward_{name}": name for name in rewards.weights}}
         file.write(line_chart("Rewards of the replies that are learnt from", "step", "mean", {
@@ -798,8 +798,8 @@ def against_kl(start: dict, lines: list[dict], rewards: Rewards) -> str:
 
 
 def answered(folder, asked: Prompts, numbers: Sequence[int], rewards: Rewards, settings: Settings,
-             env: Env) -> dict[str, list[float]]:
-    """{name: a figure for each held-out prompt}: the mean of four sampled replies', and the greedy one's."""
+             env: Env) -> tuple[dict[str, list[float]], list[tuple[str, bool]]]:
+    """({name: a figure for each held-out prompt}, the greedy replies): of four sampled ones' the mean."""
     model, tokenizer = open_model(folder, env.device)
     stop = tokenizer.special_tokens[TEMPLATES[settings.template].end]
     prompts, found = [asked.ids[i] for i in numbers], {}
@@ -813,7 +813,7 @@ def answered(folder, asked: Prompts, numbers: Sequence[int], rewards: Rewards, s
                    "length": rollout.lengths.float()}
         found |= {f"{how}: {name}": value.view(-1, samples).mean(dim=1).tolist()
                   for name, value in figures.items()}
-    return found
+    return found, list(zip(rollout.texts, rollout.ended.tolist()))  # of the last rollout, the greedy one
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from preferences import Pair
 from rejection import check_tokenizer
 from survive import open_run_folder
 from train import Loop, guarded, micro_batch, train
+from watch import write_results
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -452,8 +453,7 @@ def report(settings: Settings, held_out: Sequence[tuple[dict, Pair]], env: Env):
     results = judge(rewards, [str(record.get("task", "all")) for record, _ in held_out])
     model.mean, model.std = results["rewards"]["all"]["mean"], results["rewards"]["all"]["std"] or 1.0
     write_settings(model, tokenizer, out)
-    with open_whole(out / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
+    write_results(out, results)
     with open_whole(out / "rewards.svg", "w") as file:
         file.write(picture(results["histogram"]))
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -47,7 +47,7 @@ from parallel import Env
 from positions import extended
 from survive import open_run_folder
 from train import Loop, evaluate, guarded, micro_batch, train
-from watch import spent
+from watch import spent, write_results
 
 Example = tuple[list[int], list[bool]]  # ids of a conversation and its mask, as `render` gives them
 
@@ -567,8 +567,20 @@ def reply_to(asked: Sequence[dict], model: Transformer, tokenizer: Tokenizer,
                    settings.repetition_penalty)
 
 
+def side_by_side(asked: Sequence[dict], before: Sequence[tuple[str, bool]],
+                 after: Sequence[tuple[str, bool]]) -> list[dict]:
+    """Five of the questions, with the answers before and after and the author's; prints them."""
+    samples = []
+    for conversation, old, new in spread(list(zip(asked, before, after)), 5):
+        question, truth = (message["content"] for message in conversation["messages"][-2:])
+        samples.append({"prompt": question, "before": old[0], "after": new[0], "author": truth})
+        print(f"{'-' * 80}\n{question}\n>>> before: {old[0]!r:.200}\n>>> after:  {new[0]!r:.200}\n"
+              f">>> author: {truth!r:.200}")
+    return samples
+
+
 def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings, env: Env):
-    """Print the table of before and after, and a few replies side by side. last: the log's last line."""
+    """Print and write the table of before and after, and a few replies side by side. last: the log's last line."""
     model, tokenizer = open_model(settings.out, env.device)
     replies = reply_to(asked, model, tokenizer, settings)
     rows = [("loss on replies, nats a token", before["loss"], last["val_loss_nats_per_token"])]
@@ -579,10 +591,8 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings,
     print(f"{'held out':<40}{'before':>10}{'after':>10}")
     for label, old, new in rows:
         print(f"{label:<40}{old:>10.4f}{new:>10.4f}")
-    for conversation, old, new in spread(list(zip(asked, before["replies"], replies)), 5):
-        question, truth = (message["content"] for message in conversation["messages"][-2:])
-        print(f"{'-' * 80}\n{question}\n>>> before: {old[0]!r:.200}\n>>> after:  {new[0]!r:.200}\n"
-              f">>> author: {truth!r:.200}")
+    write_results(settings.out, {label: {"before": old, "after": new, "note": ""} for label, old, new in rows}
+                  | {"samples": side_by_side(asked, before["replies"], replies)})
     print(f"{'-' * 80}\n{spent(Path(settings.out), last)}\nmodel: {settings.out}")
 
 

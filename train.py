@@ -50,7 +50,8 @@ from optim import batch_windows, learning_rate, make_optimizer, windows_before
 from parallel import Compute, Env, inside, parallelize, setup, whole_step
 from positions import extended
 from survive import BadStep, Run, lost_process, open_run_folder, save_whole, spike_limit, stop_signals
-from watch import Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory, term
+from watch import (Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory, term,
+                   write_results)
 
 
 def widths(preset: str) -> dict:
@@ -720,12 +721,14 @@ def prepare_data(settings: Settings, env: Env):
 def show_result(settings: Settings, last: dict, meta: dict):
     """Samples, then where the model is, and its held-out bits per byte beside those of the compressors."""
     model, tokenizer = load_model(settings.out)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator, samples = torch.Generator().manual_seed(settings.seed), []
     for prompt in settings.sample_prompts:
         ids = tokenizer.encode(prompt)[-model.config.max_seq_len // 2:]
         length = min(100, model.config.max_seq_len - len(ids))
         sample = generate(model, [ids], length, temperature=0.8, top_p=0.95, generator=generator)
-        print(f"--- {prompt!r} goes on:\n{prompt}{tokenizer.decode(sample.ids[0].tolist())}")
+        samples.append({"prompt": prompt, "after": tokenizer.decode(sample.ids[0].tolist())})
+        print(f"--- {prompt!r} goes on:\n{prompt}{samples[-1]['after']}")
+    write_results(settings.out, {"samples": samples})
     print(f"model: {settings.out}")
     xz, gzip = meta["compressors"]["xz"], meta["compressors"]["gzip"]
     print(f"xz -9e needs {xz:.4f} bits per byte for the same text, gzip -9 {gzip:.4f}")

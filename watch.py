@@ -188,6 +188,12 @@ def spent(folder: Path, last: dict) -> str:
             f"{last.get('memory_gib', math.nan):.3f} GiB")
 
 
+def write_results(folder, results: dict):
+    """results.json: what a run is worth on held-out data, and samples; report.py reads it."""
+    with open_whole(Path(folder) / "results.json", "w") as file:
+        json.dump(results, file, indent=1)
+
+
 def log_line(step, lr, report, batches, seconds, model, settings, env, tokens=None, tokens_step=None,
              data_wait=0.0) -> dict:
     """The log's line for a step, counted from 0; units stand in the names.

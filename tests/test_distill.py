@@ -302,6 +302,7 @@ def test_a_run_on_conversations_tells_before_and_after_and_leaves_a_model(place,
     plain = train.evaluate(student, val, sft.reply_loss, env)["loss"]
     assert results["held out"]["after"]["loss"] == pytest.approx(plain, rel=1e-5), "not the mixed loss"
     assert results["answers"]["sampled: KL from the teacher, nats"] > 0
+    assert all(sample.keys() == {"prompt", "after", "author"} for sample in results["samples"])
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()]
     for line in log:
         mixed = 0.3 * line["kd_nats_per_token"] + 0.7 * line["ce_nats_per_token"]

@@ -584,6 +584,7 @@ def test_a_run_tells_before_and_after_and_leaves_a_model_figures_and_a_picture(p
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     assert results["loss, nats a pair"]["before"] == pytest.approx(math.log(2), rel=1e-5)
     assert len(results["each question"]["sampled: quality of answer"]["after"]) == 4
+    assert len(results["samples"]) == 4 and all(sample["prompt"] in out for sample in results["samples"])
     assert (tmp_path / "run" / "rewards.svg").read_text("utf-8").startswith("<svg")
     load_model(tmp_path / "run")
     [stored] = (place / "pairs").glob("reference-*.safetensors")

@@ -544,6 +544,7 @@ def test_what_a_run_writes_can_be_looked_at(place, tmp_path, command):
     assert ["val_reward" in line for line in lines] == [False, True, False, True]
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     assert len(results["sampled: letters"]["each question"][0]) == 4
+    assert len(results["samples"]) == 4 and all(sample["prompt"] in out for sample in results["samples"])
     for name in ("rewards.svg", "kl.svg"):
         assert (tmp_path / "run" / name).read_text("utf-8").startswith("<svg")
     assert "followed" not in out and "model" in out

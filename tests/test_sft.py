@@ -529,6 +529,17 @@ def test_before_means_as_the_base_model_was(finished, base):
     assert float(told.split()[-2]) == pytest.approx(expected, rel=1e-3), "with angles for longer windows?"
 
 
+def test_what_is_printed_stands_in_results_json_and_five_answers_beside_it(finished):
+    results = json.loads((finished[1] / "results.json").read_text("utf-8"))
+    told = next(line for line in finished[0].splitlines() if line.startswith("loss on replies"))
+    row = results["loss on replies, nats a token"]
+    assert told.split()[-2:] == [f"{row['before']:.4f}", f"{row['after']:.4f}"]
+    samples = results["samples"]
+    assert 0 < len(samples) <= 5 and all(sample.keys() == {"prompt", "before", "after", "author"}
+                                         for sample in samples)
+    assert all(sample["prompt"] in finished[0] for sample in samples)
+
+
 def test_the_folder_is_a_chat_model_for_transformers(finished):
     import transformers
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished[1])

@@ -47,7 +47,7 @@ from preferences import Pair, encode_pairs, read_preferences
 from rejection import Sampling, check_tokenizer, make_pairs
 from survive import alone, open_run_folder
 from train import Loop, evaluate, guarded, micro_batch, train
-from watch import spent, write_results
+from watch import read_log, spent, write_results
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def compare(before: dict, last: dict, asked: Sequence[dict], settings, env: Env)
                for label, (one, other, note) in rows.items()}
     results["each question"] = {name: {"before": old[name], "after": new[name]} for name in old}
     write_results(out, results | {"samples": sft.side_by_side(asked, before["greedy"], after["greedy"])})
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_log(out)
     curves = {label: [(line["step"], line[name]) for line in lines if line[name] is not None] for name, label
               in {"margin": "margin", "chosen_reward": "chosen", "rejected_reward": "rejected"}.items()}
     with open_whole(out / "rewards.svg", "w") as file:

@@ -20,7 +20,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -54,7 +53,7 @@ from rewards import Rewards
 from rollouts import Rollout, drawn_now, lay_out, read_replies, reply_values, roll_out, whole_copy
 from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
 from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
-from watch import Log, peak_memory, spent, write_results
+from watch import Log, peak_memory, read_log, spent, write_results
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -755,7 +754,7 @@ def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rew
             settings: Settings, env: Env):
     """Print how held-out prompts are answered before and after; write results.json and the pictures."""
     out = Path(settings.out)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_log(out)
     results = {}
     if numbers:
         (before, old), (after, new) = (answered(folder, asked, numbers, rewards, settings, env)

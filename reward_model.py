@@ -19,7 +19,6 @@ The loop, the pairs and all layouts are dpo.py's. Unlike there:
    (score - reward_mean) / reward_std.
 """
 import functools
-import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -50,7 +49,7 @@ from preferences import Pair
 from rejection import check_tokenizer
 from survive import open_run_folder
 from train import Loop, guarded, micro_batch, train
-from watch import write_results
+from watch import read_log, write_results
 from work import fingerprint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -456,8 +455,7 @@ def report(settings: Settings, held_out: Sequence[tuple[dict, Pair]], env: Env):
     write_results(out, results)
     with open_whole(out / "rewards.svg", "w") as file:
         file.write(picture(results["histogram"]))
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    print(f"{in_words(results)}\n{sum(line['seconds'] for line in lines):.0f} s in steps\n"
+    print(f"{in_words(results)}\n{sum(line['seconds'] for line in read_log(out)):.0f} s in steps\n"
           f"model: {out}; picture: {out / 'rewards.svg'}")
 
 

@@ -181,10 +181,15 @@ class Log:
             self.file.close()
 
 
+def read_log(folder: str | Path) -> list[dict]:
+    """The lines of a run's log, a dict a step."""
+    with open(Path(folder) / "log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def spent(folder: Path, last: dict) -> str:
     """What a run took, by its log, in words. last: the log's last line."""
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return (f"{sum(json.loads(line)['seconds'] for line in lines):.0f} s in steps, peak memory "
+    return (f"{sum(line['seconds'] for line in read_log(folder)):.0f} s in steps, peak memory "
             f"{last.get('memory_gib', math.nan):.3f} GiB")
 
 

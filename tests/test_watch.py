@@ -21,7 +21,8 @@ from config import UserError
 from model import ModelConfig, Transformer, estimate_flops, estimate_memory
 from objectives import next_token_loss
 from parallel import Env
-from watch import Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory, time_table
+from watch import (Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory, read_log,
+                   time_table)
 
 GIB = 2 ** 30
 TINY = ModelConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, max_seq_len=32)
@@ -253,8 +254,7 @@ class LogSettings:
 
 
 def written(folder):
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    return [line["step"] for line in read_log(folder)]
 
 
 def test_a_log_goes_on_after_the_steps_that_are_done_and_takes_back_later_ones(tmp_path):

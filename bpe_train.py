@@ -62,7 +62,7 @@ class Words:
         self.left, self.right, self.count = (np.zeros(1, kind) for kind in (np.int32, np.int32, np.int64))
         self.pairs = 1  # how many numbers of pairs are in use
         self.tokens, self.made = list(BYTES), []
-        self.head = np.array([int.from_bytes(token.ljust(8, b"\0")) for token in BYTES], np.uint64)
+        self.head = np.array([int.from_bytes(token.ljust(8, b"\0"), "big") for token in BYTES], np.uint64)
         self.mask = np.full(256, 0xFF << 56, np.uint64)
         self.made_at, self.waited = np.zeros(256, np.int64), np.zeros(256, np.uint64)
         self.number_pairs(places)
@@ -213,7 +213,7 @@ class Words:
         self.head, self.mask, self.made_at, self.waited = (
             grown(array, size) for array in (self.head, self.mask, self.made_at, self.waited))
         starts = [token[:8] for token in self.tokens[first:]]
-        self.head[first:size] = [int.from_bytes(start.ljust(8, b"\0")) for start in starts]
+        self.head[first:size] = [int.from_bytes(start.ljust(8, b"\0"), "big") for start in starts]
         self.mask[first:size] = [(1 << 64) - (1 << 64 - 8 * len(start)) for start in starts]
         self.made_at[first:size], self.waited[first:size] = self.count[pairs], waited
 

@@ -28,7 +28,6 @@ agree without looking at the others. What it finds is compared exactly, so nothi
 """
 import bisect
 import functools
-import hashlib
 import json
 import re
 import sysconfig
@@ -45,6 +44,7 @@ import numpy as np
 
 import config
 from config import UserError
+from documents import digest
 from shingles import (MULTIPLIER, WORD, Hasher, blocks_of_shingles, blocks_of_words, jaccard, mix, windows,
                       words_of)
 from suffixes import duplicate_spans, without_repeated_spans  # noqa: F401, the first for who imports it here
@@ -283,10 +283,6 @@ def first_equal(keys: np.ndarray) -> np.ndarray:
     first = np.empty(len(keys), np.int64)
     first[order] = order[new][np.cumsum(new) - 1]
     return first
-
-
-def digest(text: str, size: int) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
 SENTENCE = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？\n])")  # behind the end of one; joined again, all is there

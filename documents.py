@@ -36,6 +36,15 @@ def read_documents(paths: Iterable[str | Path], on_bad_line: str = "stop") -> It
     return accepted(read_files(find_files(paths)), on_bad_line, {})
 
 
+def corpus(paths: Iterable[str | Path]) -> Iterator[dict]:
+    """Yield every document of `paths`, with a progress bar; where there are none, the standard library's.
+
+    (The library's tests hold files that are undecodable on purpose: these are skipped.)
+    """
+    files, on_bad_line = (find_files(paths), "stop") if paths else (standard_library(), "skip")
+    return iter(progress(accepted(read_files(files), on_bad_line, {}), "read"))
+
+
 @dataclass
 class Rejected:
     """A line or file that is no document: why in a word, why in a line, and its size in bytes."""
@@ -44,8 +53,11 @@ class Rejected:
     num_bytes: int
 
 
-def accepted(items: Iterable[dict | Rejected], on_bad_line: str, funnel: dict) -> Iterator[dict]:
-    """Yield the documents among `items`; stop at a rejected one, or count it in `funnel` and go on."""
+def accepted(items: Iterable[dict | Rejected], on_bad_line: str, counts: dict) -> Iterator[dict]:
+    """Yield the documents among `items`; stop at a rejected one, or note it in `counts` and go on.
+
+    counts: {reason: [documents, bytes]}.
+    """
     first, skipped = None, 0
     for item in items:
         if not isinstance(item, Rejected):
@@ -54,7 +66,8 @@ def accepted(items: Iterable[dict | Rejected], on_bad_line: str, funnel: dict) -
             raise UserError(f"{item.message}; correct it, or pass --on_bad_line skip")
         else:
             first, skipped = first or item, skipped + 1
-            count(funnel, item.reason, item.num_bytes)
+            documents, num_bytes = counts.get(item.reason, (0, 0))
+            counts[item.reason] = [documents + 1, num_bytes + item.num_bytes]
     if first:
         print(f"bad lines or files skipped: {skipped:,}; the first: {first.message}")
 
@@ -229,18 +242,13 @@ def python_encoding(data: bytes) -> str:
         raise LookupError(error.msg) from None
 
 
-def count(funnel: dict, name: str, num_bytes: int) -> None:
-    documents, total = funnel.get(name, (0, 0))
-    funnel[name] = [documents + 1, total + num_bytes]
-
-
 def progress(documents: Iterable[dict], name: str) -> Iterable[dict]:
     return tqdm(documents, name, unit=" documents", disable=None)  # None: no bar where the output is a file
 
 
-def digest(text: str) -> bytes:
-    """128 bits that stand for the text, the same on every machine."""
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+def digest(text: str, size: int = 16) -> bytes:
+    """`size` bytes that stand for the text, the same on every machine."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
 # ---- Writing -----------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import numpy as np
 
 import config
 from config import UserError
+from documents import corpus
 from ngrams import character_ngrams, load_arrays, prose, save_arrays
-from quality import corpus
 
 # ---- 1. Scripts --------------------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError, open_whole
-from quality import STOP_WORDS, corpus
+from documents import corpus
+from quality import STOP_WORDS
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: Knuth's multiplicative hash
 SHIFT = np.uint64(29)

@@ -35,8 +35,8 @@ import metaspace
 from bpe import Tokenizer
 from classifier import misread, part_of, shuffled_characters, shuffled_words
 from config import UserError
+from documents import corpus
 from ngrams import load_arrays, prose, save_arrays
-from quality import corpus
 
 # ---- 1. The model ------------------------------------------------------------------------------------------
 

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +31,8 @@ import config
 import dedup
 import suffixes
 from config import UserError
-from documents import (accepted, digest, find_files, parse_item, read_files, read_json_lines, stored_documents,
-                       to_line)
+from documents import (MOST_BYTES, accepted, digest, find_files, parse_item, read_files, read_json_lines,
+                       stored_documents, to_line)
 from privacy import pii_problem, redact_pii
 from quality import TABLES, adjusted, kept_lines, quality_problems
 from work import Work
@@ -61,7 +60,7 @@ class Cleaning:
     classifier: tuple[str, ...] = ()  # files of classifier.py: most must vote for a document
     perplexity: str | None = None  # a model of perplexity.py: drop what lies outside its bounds
     redact: bool | None = None  # personal data become placeholders, and much of it drops a document
-    most_bytes: int = 64 * 2**20  # of a document, or a line of JSON; larger ones are bad lines
+    most_bytes: int = MOST_BYTES  # of a document, or a line of JSON; larger ones are bad lines
     shard_bytes: int = 16 * 2**20  # input files are taken together up to so many bytes: a shard, which one
                                    # process works on at a time
 
@@ -205,7 +204,7 @@ def language_step(path: str, keep: tuple[str, ...]) -> Step:
         language, margin = languages.identify(document["text"])
         if language in keep:
             return None
-        return Verdict(None, f"language: {language}, by {margin:.2f} nats a character")
+        return Verdict(None, f"language: {language}, by {margin:.2f} nats an n-gram")
     return alone("language", judge)
 
 

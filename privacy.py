@@ -10,8 +10,7 @@ Addresses of e-mail, IPv4 and IPv6 (those that Python's `ipaddress` accepts), te
 (international, North American, Chinese; others behind a word such as "tel."), Chinese identity numbers by
 their checksum, and keys to services. Up to five in a document are replaced, six or more drop it: a list of
 people is no text to learn from (Dolma's rule: Soldaini et al. 2024, https://arxiv.org/abs/2402.00159, section
-3). About 25 MB/s on
-one core. Not found: names, street addresses, "ann at mail dot org".
+3). About 25 MB/s on one core. Not found: names, street addresses, "ann at mail dot org".
 
 What shapes alone cannot tell, the surroundings do: 1.2.3.4 is a version behind the word, x[::2] a slice. Each
 detector below is a pattern that is cheap to search, and a test of what it found.
@@ -20,11 +19,12 @@ import datetime
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
+from documents import corpus
 
 MOST = 5  # finds in a document that is kept
 
@@ -345,7 +345,6 @@ def main():
 
 def search(settings: Settings):
     """Print the finds in a corpus by kind, with examples, and how many documents would be dropped."""
-    from quality import corpus
     counts, examples, dropped, documents = Counter(), {}, 0, 0
     for document in corpus(settings.input):
         found = find_pii(document["text"], settings.reserved)

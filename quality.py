@@ -32,6 +32,7 @@ import numpy as np
 
 import config
 from config import UserError
+from documents import corpus
 
 
 class Rule(NamedTuple):
@@ -473,13 +474,6 @@ class Settings:
     def __post_init__(self):
         config.require(self, rules=set(TABLES), examples=(0, None))
         adjusted(TABLES[self.rules], self.change)
-
-
-def corpus(paths: Iterable[str]) -> Iterator[dict]:
-    """Yield the documents of files and folders, or where none is named the modules of Python's library."""
-    import data  # here, as data.py imports this file
-    files, on_bad_line = (data.find_files(paths), "stop") if paths else (data.standard_library(), "skip")
-    return iter(data.progress(data.accepted(data.read_files(files), on_bad_line, {}), "read"))
 
 
 def main():

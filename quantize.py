@@ -14,7 +14,6 @@ A matrix is whole only while it multiplies; the backward pass makes it anew inst
 
 Codes, scales and values equal those of bitsandbytes (tests/test_lora.py).
 """
-import math
 from typing import Literal, NamedTuple
 
 import torch

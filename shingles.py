@@ -68,7 +68,6 @@ def jaccard(one: str, other: str, ngram: int = 5) -> float:
     return len(a & b) / len(a | b) if a or b else 0.0
 
 
-
 # ---- 2. The same as numbers --------------------------------------------------------------------------------
 
 BLOCK = 2 ** 16  # bytes that are worked on at once: the arrays stay in the processor's cache

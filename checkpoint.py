@@ -13,7 +13,6 @@ So:
     >>> save_model(model, tokenizer, "my_model")
     >>> model, tokenizer = load_model("my_model")
 """
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 import families
 import metaspace
 from bpe import END_OF_TEXT, Tokenizer, Unsupported
-from config import UserError, open_whole, sync_folder
+from config import UserError, file_checksum, open_whole, sync_folder
 from model import ModelConfig, Transformer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -523,7 +522,7 @@ def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], e
         if beside:
             beside(temporary)
         write_json(temporary / "state.json", {"step": step, "groups": list(tensors), "extra": extra})
-        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
+        sums = "".join(f"{file_checksum(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
         with open_whole(temporary / "SHA256SUMS", "w") as file:
             file.write(sums)
     except BaseException:
@@ -584,7 +583,7 @@ def check_sums(state: Path):
     if "state.json" not in sums:
         raise UserError("SHA256SUMS does not list state.json")
     for name, expected in sums.items():
-        if sha256(state / name) != expected:
+        if file_checksum(state / name) != expected:
             raise UserError(f"{name} has changed since it was written")
     if sums.keys() != {file.name for file in state.iterdir()} - {"SHA256SUMS"}:
         raise UserError("SHA256SUMS does not list the files that are there")
@@ -609,11 +608,3 @@ def remove(state: Path):
         doomed = state.with_name(state.name + ".tmp")
         os.replace(state, doomed)
         shutil.rmtree(doomed)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

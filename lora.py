@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import checkpoint
 from bpe import Tokenizer
 from checkpoint import METADATA, mapped_tensor, model_config, read_header, read_json, stored_tensors
-from config import UserError, parse, require, run
+from config import UserError, file_checksum, parse, require, run
 from model import Transformer, extend_embedding
 # Some of these names are imported to be names of this file, too (F401)
 from quantize import (NF4, QUANTIZE, Int8Tensor, NF4Tensor, QuantizedLinear, dequantize,  # noqa: F401
@@ -449,7 +449,7 @@ def fingerprint(folder) -> str:
     """The checksum of a model folder's weights."""
     digest = hashlib.sha256()
     for path in sorted({path for path, _ in stored_tensors(Path(folder)).values()}):
-        digest.update(checkpoint.sha256(path).encode("ascii"))
+        digest.update(file_checksum(path).encode("ascii"))
     return digest.hexdigest()
 
 

@@ -341,6 +341,14 @@ def test_a_reader_that_went_away_leaves_one_line():
     assert result.stderr == b"error: Broken pipe\n"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell that closes a stream")
+def test_a_mistake_is_told_although_nobody_opened_an_output():
+    script = "import config; config.run(lambda: config.require(config, USAGE=set()))"
+    command = f'"{sys.executable}" -c "{script}" >&-'
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, cwd=ROOT)
+    assert result.returncode == 2 and result.stderr.count(b"\n") == 1, "sys.stdout is None then"
+
+
 # open_whole
 
 

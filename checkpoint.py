@@ -269,6 +269,7 @@ def load_model(folder, device="cpu", dtype=torch.float32, stored_as: Callable | 
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
+    refuse_adapter(folder)
     config, stored = model_config(folder / "config.json", kind.task), stored_tensors(folder)
     if config.n_layers > len(stored):  # told before a model of a million layers is laid out
         raise UserError(f"{folder} has {len(stored)} tensors, too few for the {config.n_layers} layers that "
@@ -309,6 +310,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
         listed = read_index(folder / INDEX)
         files = sorted(set(listed.values()))
     else:
+        refuse_adapter(folder)
         raise no_weights(folder)
     stored = {}
     for file in files:
@@ -338,10 +340,17 @@ def read_index(index: Path) -> dict[str, str]:
     return listed
 
 
+def refuse_adapter(folder: Path):
+    """Raise UserError where a folder holds an adapter alone: one of peft's, or a run with --no-lora_merge."""
+    adapter = next((place for place in (folder, folder / "adapter")
+                    if (place / "adapter_config.json").is_file()), None)
+    if adapter and not any((folder / name).is_file() for name in ("model.safetensors", INDEX)):
+        raise UserError(f"{folder} is an adapter, no whole model; merge it with its base: python lora.py "
+                        f"merge --base F --adapter {adapter.as_posix()} --out F, and name that F (sample.py "
+                        f"opens it as it is)")
+
+
 def no_weights(folder: Path) -> UserError:
-    if (folder / "adapter_config.json").is_file():
-        return UserError(f"{folder} is an adapter, no whole model; merge it with its base: python lora.py "
-                         f"merge --base F --adapter {folder} --out F")
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     if not pickles:
         return UserError(f"{folder} has no model.safetensors")

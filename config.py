@@ -87,6 +87,18 @@ def require(settings, **bounds):
                 raise UserError(f"--{name} {item} is out of range; it must be {allowed}")
 
 
+def refuse(settings, why, *names):
+    """Raise UserError, "--name value <why>; leave it out", where one of these settings is not its default.
+
+    For __post_init__, where other settings make these void: what would do nothing is not what was meant.
+    """
+    known = settings_of(type(settings))
+    for name in names:
+        value = getattr(settings, name)
+        if value != known[name].default:
+            raise UserError(f"--{name} {as_text(value)} {why}; leave it out")
+
+
 def show(settings):
     """Print the settings in effect; a star marks those that differ from their defaults."""
     items = []

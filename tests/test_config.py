@@ -14,7 +14,7 @@ from typing import Literal, Optional
 import pytest
 
 import config
-from config import UserError, open_whole, parse, require, run, show, to_json
+from config import UserError, open_whole, parse, refuse, require, run, show, to_json
 
 ROOT = Path(config.__file__).parent
 
@@ -331,6 +331,24 @@ def test_run_lets_bugs_show_their_traceback():
         run(lambda: 1 / 0)
     with pytest.raises(ValueError):  # UserError is a ValueError, not the other way round
         run(lambda: int("x"))
+
+
+def test_a_setting_that_would_do_nothing_is_refused():
+    @dataclass
+    class Settings:
+        model: str | None = None
+        overwrite: bool = False
+        phases: tuple[str, ...] = ("a b",)
+
+        def __post_init__(self):
+            if self.model:
+                refuse(self, "is written, not read", "overwrite", "phases")
+
+    for words, shown in ((["--overwrite"], "--overwrite true"), (["--phases", "c", "d"], "--phases c d")):
+        assert parse(Settings, words).model is None
+        with pytest.raises(UserError, match=f"^{shown} is written, not read; leave it out$"):
+            Settings(**{**vars(parse(Settings, words)), "model": "m"})
+    assert parse(Settings, ["--model", "m", "--phases", "a b"]).model == "m", "the default is no wish"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell with pipes")

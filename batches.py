@@ -7,16 +7,13 @@ All windows of a corpus lie in an endless row: one permutation of them after the
 takes the next ones, a rank its part of these. So nothing need be saved but the step, no window comes twice in
 an epoch, and ranks never share one. `Mixture` (mixture.py) makes one such row of several.
 """
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-
-# torch is imported by Batches alone: where worker processes import this file too, they should start at once.
+from config import UserError, file_checksum
 
 SPLITS = ("train", "val")
 IGNORE = -100  # a target without loss, as in torch's cross_entropy
@@ -135,11 +132,3 @@ def open_shard(folder: Path, split: str, verify: bool) -> tuple[dict, np.ndarray
     if verify and file_checksum(path) != checksum:
         raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json; {remedy}")
     return meta, np.memmap(path, dtype, mode="r") if tokens else np.empty(0, dtype)
-
-
-def file_checksum(path: Path) -> str:
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            checksum.update(block)
-    return checksum.hexdigest()

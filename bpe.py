@@ -78,7 +78,8 @@ PATTERNS = {
         r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]),
 }
 # The patterns whose cuts cuts.py knows; others do the same, slower
-RULES = {PATTERN: cuts.LLAMA3, PATTERNS["qwen"]: cuts.QWEN, GPT2_PATTERN: cuts.GPT2, DIGITS_PATTERN: cuts.DIGITS}
+RULES = {PATTERN: cuts.LLAMA3, PATTERNS["qwen"]: cuts.QWEN, GPT2_PATTERN: cuts.GPT2,
+         DIGITS_PATTERN: cuts.DIGITS}
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # GPT-2's, Qwen's and ours; Llama 3's; Llama 2's
 BYTES = [bytes([value]) for value in range(256)]
 

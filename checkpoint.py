@@ -13,7 +13,6 @@ So:
     >>> save_model(model, tokenizer, "my_model")
     >>> model, tokenizer = load_model("my_model")
 """
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 import families
 import metaspace
 from bpe import END_OF_TEXT, Tokenizer, Unsupported
-from config import UserError, open_whole, sync_folder
+from config import UserError, file_checksum, open_whole, sync_folder
 from model import ModelConfig, Transformer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,6 +269,7 @@ def load_model(folder, device="cpu", dtype=torch.float32, stored_as: Callable | 
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
+    refuse_adapter(folder)
     config, stored = model_config(folder / "config.json", kind.task), stored_tensors(folder)
     if config.n_layers > len(stored):  # told before a model of a million layers is laid out
         raise UserError(f"{folder} has {len(stored)} tensors, too few for the {config.n_layers} layers that "
@@ -310,6 +310,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
         listed = read_index(folder / INDEX)
         files = sorted(set(listed.values()))
     else:
+        refuse_adapter(folder)
         raise no_weights(folder)
     stored = {}
     for file in files:
@@ -339,10 +340,17 @@ def read_index(index: Path) -> dict[str, str]:
     return listed
 
 
+def refuse_adapter(folder: Path):
+    """Raise UserError where a folder holds an adapter alone: one of peft's, or a run with --no-lora_merge."""
+    adapter = next((place for place in (folder, folder / "adapter")
+                    if (place / "adapter_config.json").is_file()), None)
+    if adapter and not any((folder / name).is_file() for name in ("model.safetensors", INDEX)):
+        raise UserError(f"{folder} is an adapter, no whole model; merge it with its base: python lora.py "
+                        f"merge --base F --adapter {adapter.as_posix()} --out F, and name that F (sample.py "
+                        f"opens it as it is)")
+
+
 def no_weights(folder: Path) -> UserError:
-    if (folder / "adapter_config.json").is_file():
-        return UserError(f"{folder} is an adapter, no whole model; merge it with its base: python lora.py "
-                         f"merge --base F --adapter {folder} --out F")
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     if not pickles:
         return UserError(f"{folder} has no model.safetensors")
@@ -523,7 +531,7 @@ def save_state(folder, step: int, tensors: Mapping[str, Mapping[str, Tensor]], e
         if beside:
             beside(temporary)
         write_json(temporary / "state.json", {"step": step, "groups": list(tensors), "extra": extra})
-        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
+        sums = "".join(f"{file_checksum(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
         with open_whole(temporary / "SHA256SUMS", "w") as file:
             file.write(sums)
     except BaseException:
@@ -584,7 +592,7 @@ def check_sums(state: Path):
     if "state.json" not in sums:
         raise UserError("SHA256SUMS does not list state.json")
     for name, expected in sums.items():
-        if sha256(state / name) != expected:
+        if file_checksum(state / name) != expected:
             raise UserError(f"{name} has changed since it was written")
     if sums.keys() != {file.name for file in state.iterdir()} - {"SHA256SUMS"}:
         raise UserError("SHA256SUMS does not list the files that are there")
@@ -609,11 +617,3 @@ def remove(state: Path):
         doomed = state.with_name(state.name + ".tmp")
         os.replace(state, doomed)
         shutil.rmtree(doomed)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

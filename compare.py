@@ -48,6 +48,10 @@ class Settings:
         config.require(self, top=(0, 1000))
         if not self.tokenizers:
             raise UserError("no tokenizer is named: python bpe.py compare A B --text F")
+        if self.show is not None:
+            config.refuse(self, "is for counting, and --show shows one text", "text", "top")
+        if not any(name.endswith(".tiktoken") for name in self.tokenizers):
+            config.refuse(self, "is for .tiktoken files, and none is named", "pattern")
 
 
 def open_tokenizer(path: str, pattern: str) -> Tokenizer:

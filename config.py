@@ -12,13 +12,14 @@ the --help:
     settings = parse(Settings)      # python train.py --lr 1e-3 --betas 0.9 0.99 --no-compile
 
 Unlike with argparse nothing is said twice, and each mistake ends in one line that names the flag, the value
-and the remedy. Below, what every script needs: `run`, the frame around its main(), and `open_whole`, a file
-that is whole or absent.
+and the remedy. Below, what every script needs: `run`, the frame around its main(), `open_whole`, a file that
+is whole or absent, and `file_checksum`.
 """
 import contextlib
 import dataclasses
 import difflib
 import errno
+import hashlib
 import inspect
 import io
 import json
@@ -84,6 +85,18 @@ def require(settings, **bounds):
                 allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else \
                     f"{low} to {high}"
                 raise UserError(f"--{name} {item} is out of range; it must be {allowed}")
+
+
+def refuse(settings, why, *names):
+    """Raise UserError, "--name value <why>; leave it out", where one of these settings is not its default.
+
+    For __post_init__, where other settings make these void: what would do nothing is not what was meant.
+    """
+    known = settings_of(type(settings))
+    for name in names:
+        value = getattr(settings, name)
+        if value != known[name].default:
+            raise UserError(f"--{name} {as_text(value)} {why}; leave it out")
 
 
 def show(settings):
@@ -341,8 +354,7 @@ def run(main):
     print_any_character()
     try:
         main()
-        if sys.stdout is not None:  # closed by whoever started us
-            sys.stdout.flush()
+        flush_output()
         return
     except UserError as error:
         message, code = f"error: {error}", 2
@@ -353,10 +365,15 @@ def run(main):
         message, code = "interrupted", 130
     print(message, file=sys.stderr)
     try:
-        sys.stdout.flush()
+        flush_output()
     except OSError:  # nobody reads our output any more (`| head`): keep Python from saying so once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(code)
+
+
+def flush_output():
+    if sys.stdout is not None:  # closed by whoever started us
+        sys.stdout.flush()
 
 
 def print_any_character():
@@ -389,6 +406,15 @@ def open_whole(path, mode="wb"):
         if isinstance(error, OSError) and error.filename is None and error.errno:  # write() does not say
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def file_checksum(path) -> str:
+    """The SHA-256 of a file, in hexadecimal; it is read a piece at a time."""
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            checksum.update(block)
+    return checksum.hexdigest()
 
 
 def sync_folder(folder):

@@ -39,15 +39,16 @@ import bpe
 import config
 import funnel
 import metaspace
-from batches import IGNORE, SPLITS, Batches, Wrapped, file_checksum, open_shard  # noqa: F401: names that are
-from bpe import END_OF_TEXT, Tokenizer                                           # looked for here, too
+# Some of these names are imported to be names of this file, too (F401)
+from batches import IGNORE, SPLITS, Batches, Wrapped, open_shard  # noqa: F401
+from bpe import END_OF_TEXT, Tokenizer
 from config import UserError
 from documents import (Rejected, accepted, content_suffix, digest, find_files,  # noqa: F401
                        parse_json, progress, read_documents, read_files, standard_library,
                        stored_documents, to_line, write_documents)
 from mixture import Replay  # noqa: F401
-from pipeline import Cleaning, Tally, clean, is_table, kept_documents, rules, run_passes  # noqa: F401
-from pipeline import warn_of_ngram
+from pipeline import (Cleaning, Tally, clean, is_table, kept_documents, rules, run_passes,  # noqa: F401
+                      warn_of_ngram)
 from privacy import redact_pii  # noqa: F401
 from quality import quality_problems  # noqa: F401
 from work import Work, fingerprint, place
@@ -184,12 +185,12 @@ def split_documents(settings: Settings, work: Work, folder: Path, last: str, uni
     """Write train.jsonl and val.jsonl from what the last pass has left: shard by shard, then joined."""
     threshold = int(settings.val_fraction * 2**128)
 
-    def split(unit):
+    def split_unit(unit):
         documents = stored_documents(work.path(last, unit, "jsonl"))
         paths = [work.path("split", unit, f"{split}.jsonl") for split in SPLITS]
         return write_splits(paths, documents, threshold)
 
-    results = work.each("split", units, split)
+    results = work.each("split", units, split_unit)
     work.once("joined", lambda: join_splits(settings, work, folder, results, threshold, tally))
 
 

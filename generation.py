@@ -168,8 +168,8 @@ def one_by_one(forward: "Forward", prompts: list[Tensor], different: list[Tensor
                logps_of: Callable, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
     """generate_stream without guesses. logps_of: next_token_logps with its settings.
 
-    different: the prompts, each once. Where several samples of one are asked for, it is read once, and what has
-    been read of it is copied.
+    different: the prompts, each once. Where several samples of one are asked for, it is read once, and what
+    has been read of it is copied.
     """
     B, T = len(different), max(map(len, different))
     ids = prompts[0].new_zeros(B, T)
@@ -300,16 +300,15 @@ class Packed:
 
     F.linear hands oneDNN or MKL a matrix in rows, which these read at a fraction of the memory's bandwidth or
     rearrange each time. Arranged once in the order in which the kernel goes through it, the products of 1, 16
-    and 512 rows took 0.4 of the time (on two cores with AVX-512; bench.py decoding). Layers with the
-    same input become one product. Sums have another order, so results differ in the last bits. The price: the
+    and 512 rows took 0.4 of the time (on two cores with AVX-512; bench.py decoding). Layers with the same
+    input become one product. Sums have another order, so results differ in the last bits. The price: the
     weights of these layers are in memory twice, until the object is gone; and packing takes as long as it
     saves in 8 steps. Around many calls of `generate`, a `with` of your own packs once.
 
     Only plain float32 and bfloat16 nn.Linear on a CPU are replaced, and of at most 4 GiB together; others,
     and all where this torch has no oneDNN, keep their own forward. The copies are of the weights as they are
     now: train, load or deepcopy a model outside. The operators are those that torch.compile uses; they are
-    not public, so where
-    they are missing or refuse, all is as without.
+    not public, so where they are missing or refuse, all is as without.
     """
     LIMIT = 2 ** 32  # bytes
     SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")

@@ -7,8 +7,8 @@
 A script is a range of Unicode: Hangul is Korean, kana Japanese, and no model is needed. Among the languages
 of one script a naive Bayes model chooses: each language is the distribution of its n-grams of 1 to 4
 characters, and a text belongs to the one under which it is most probable (Dunning 1994, "Statistical
-identification of language"; Lui & Baldwin 2012, langid.py). Training is counting. By default, all of
-336 held-out pieces of 200 characters are right, at 16 MB/s.
+identification of language"; Lui & Baldwin 2012, langid.py). Training is counting. By default, all of 336
+held-out pieces of 200 characters are right, at 16 MB/s.
 """
 import math
 import re
@@ -131,6 +131,14 @@ class Settings:
     input: tuple[str, ...] = ()  # files, folders whose documents are to be identified
     overwrite: bool = False  # replace `out` if it is there
     piece: int = 200  # characters of each held-out piece that is judged
+
+    def __post_init__(self):
+        config.require(self, piece=(1, None))
+        if self.model:
+            config.refuse(self, f"is of a model that is learned, and --model {self.model} is one that was",
+                          "train", "out", "overwrite", "piece")
+        else:
+            config.refuse(self, "is what a --model is to identify, and none is named", "input")
 
 
 def main():

@@ -17,7 +17,6 @@ Both runs leave a plain model folder (merged) and in it `adapter/`, in the forma
 model of the main job 329 KiB at rank 8, 49 at rank 1, where the whole has 7.3 MiB.
 """
 import contextlib
-import dataclasses
 import hashlib
 import math
 import re
@@ -25,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import checkpoint
 from bpe import Tokenizer
 from checkpoint import METADATA, mapped_tensor, model_config, read_header, read_json, stored_tensors
-from config import UserError, parse, require, run
+from config import UserError, file_checksum, parse, require, run
 from model import Transformer, extend_embedding
 # Some of these names are imported to be names of this file, too (F401)
 from quantize import (NF4, QUANTIZE, Int8Tensor, NF4Tensor, QuantizedLinear, dequantize,  # noqa: F401
@@ -192,8 +192,8 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0, targets: str 
     if not name or "." in name or name in adapters_of(model):
         raise UserError(f"the adapter cannot be called {name!r}: a name is not empty, has no dot and is not "
                         f"one of this model's, {', '.join(adapters_of(model)) or 'which has none'}")
-    require(dataclasses.make_dataclass("LoRA", ["alpha", "dropout"])(alpha, dropout), alpha=(1e-6, 1e6),
-            dropout=(0, 0.99))
+    require(SimpleNamespace(lora_alpha=alpha, lora_dropout=dropout), lora_alpha=(1e-6, 1e6),
+            lora_dropout=(0, 0.99))
     chosen = targeted(model, targets, rank)
     for p in model.parameters():
         p.requires_grad = False
@@ -449,7 +449,7 @@ def fingerprint(folder) -> str:
     """The checksum of a model folder's weights."""
     digest = hashlib.sha256()
     for path in sorted({path for path, _ in stored_tensors(Path(folder)).values()}):
-        digest.update(checkpoint.sha256(path).encode("ascii"))
+        digest.update(file_checksum(path).encode("ascii"))
     return digest.hexdigest()
 
 
@@ -606,6 +606,7 @@ def merge_folders(base, adapter, out, quantize: str | None = None):
     quantize: merge into the base as it is once quantised and dequantised. Numbers stay of the base's type.
     """
     base, adapter = Path(base), Path(adapter)
+    checkpoint.refuse_adapter(base)
     config, stored = model_config(base / "config.json"), stored_tensors(base)
     model, tokenizer = checkpoint.empty_model(config), checkpoint.load_tokenizer(base, config)
     checkpoint.check_names(base, {name: entry.shape for name, (_, entry) in stored.items()}, model)
@@ -667,7 +668,8 @@ class Adapter:
             for name in Adapter.__dataclass_fields__:
                 value = getattr(self, name)
                 if value != self.__dataclass_fields__[name].default:  # a stage may have another one
-                    raise UserError(f"--{name} {value} is for adapters, and there are none; pass --lora_rank 8")
+                    raise UserError(f"--{name} {value} is for adapters, and there are none; pass "
+                                    f"--lora_rank 8")
             return
         if self.tensor_parallel > 1:
             raise UserError(f"--tensor_parallel {self.tensor_parallel} does not know adapters; pass "

@@ -451,6 +451,11 @@ class Settings:
         config.require(self, tokens=(1, None), seq_len=(2, None), batch_size=(1, None))
         if (self.mix is None) == (not self.sources):
             raise UserError("pass --sources name=folder …, to write a mixture, or --mix file, to draw one")
+        if self.mix is not None:
+            config.refuse(self, f"is of a mixture that is written, and --mix {self.mix} is one that was",
+                          "phases", "out", "overwrite")
+        if self.score is None:
+            config.refuse(self, "is of windows that a model scores, and --score names none", "batch_size")
 
 
 def parse_phase(text: str) -> dict:

@@ -170,7 +170,7 @@ def by_text(logps: np.ndarray, lengths: Sequence[int], texts: Sequence[str]) -> 
 # ---- 2. The filter -----------------------------------------------------------------------------------------
 
 
-def percentile_bounds(bits: np.ndarray, low: float = 1.0, high: float = 99.0) -> tuple[float, float]:
+def percentile_bounds(bits: np.ndarray, low: float, high: float) -> tuple[float, float]:
     """The bounds of bits per byte between which lie all but `low` and 100 - `high` per cent of these texts.
 
     The texts must be held out: those that the model learned from look easier than any other.
@@ -231,6 +231,13 @@ class Settings:
 
     def __post_init__(self):
         config.require(self, order=(1, 8), vocab_size=(257, 65536), low=(0.0, 100.0), high=(0.0, 100.0))
+        if self.low >= self.high:
+            raise UserError(f"--low {self.low:g} leaves nothing below --high {self.high:g}; lower it")
+        if self.model:
+            config.refuse(self, f"is of a model that is learned, and --model {self.model} is one that was",
+                          "out", "order", "vocab_size", "overwrite", "seed")
+        else:
+            config.refuse(self, "is what a --model is to judge, and none is named", "input")
 
 
 def main():
@@ -289,6 +296,9 @@ def repeated_line(text: str) -> str:
 def judge(settings: Settings):
     """Print which documents of --input fall out of the bounds: a folder's own, or percentiles of --train."""
     is_ours = Path(settings.model, "model.npz").exists()
+    if is_ours:
+        config.refuse(settings, f"does nothing: {settings.model} has bounds of its own", "train", "low",
+                      "high")
     model = NgramModel.load(settings.model) if is_ours else ModelScorer(settings.model)
     bounds = model.bounds if is_ours else percentile_bounds(
         model.bits_per_byte([document["text"] for document in corpus(settings.train)]), settings.low,

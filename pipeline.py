@@ -77,6 +77,8 @@ class Cleaning:
         if bool(self.languages) != bool(self.keep_languages):
             raise UserError("--languages names a file to tell languages by, --keep_languages those to keep; "
                             "pass both")
+        if not self.benchmark:
+            config.refuse(self, "is for --benchmark, and there is none", "ngram", "contaminated")
         adjusted(TABLES.get(self.quality, {}), self.rules)
 
 

@@ -326,6 +326,10 @@ class Settings:
 
     def __post_init__(self):
         config.require(self, most=(0, None), examples=(0, None))
+        if self.input:
+            config.refuse(self, "is measured without --input", "cases")
+        else:
+            config.refuse(self, "is for --input, and there is none", "reserved", "most", "examples")
 
 
 def main():

@@ -14,7 +14,7 @@ from typing import Literal, Optional
 import pytest
 
 import config
-from config import UserError, open_whole, parse, require, run, show, to_json
+from config import UserError, open_whole, parse, refuse, require, run, show, to_json
 
 ROOT = Path(config.__file__).parent
 
@@ -333,12 +333,38 @@ def test_run_lets_bugs_show_their_traceback():
         run(lambda: int("x"))
 
 
+def test_a_setting_that_would_do_nothing_is_refused():
+    @dataclass
+    class Settings:
+        model: str | None = None
+        overwrite: bool = False
+        phases: tuple[str, ...] = ("a b",)
+
+        def __post_init__(self):
+            if self.model:
+                refuse(self, "is written, not read", "overwrite", "phases")
+
+    for words, shown in ((["--overwrite"], "--overwrite true"), (["--phases", "c", "d"], "--phases c d")):
+        assert parse(Settings, words).model is None
+        with pytest.raises(UserError, match=f"^{shown} is written, not read; leave it out$"):
+            Settings(**{**vars(parse(Settings, words)), "model": "m"})
+    assert parse(Settings, ["--model", "m", "--phases", "a b"]).model == "m", "the default is no wish"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell with pipes")
 def test_a_reader_that_went_away_leaves_one_line():
     script = "import config; config.run(lambda: print('x' * 10_000_000))"
     command = f'"{sys.executable}" -c "{script}" | true'
     result = subprocess.run(command, shell=True, capture_output=True, cwd=ROOT)
     assert result.stderr == b"error: Broken pipe\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell that closes a stream")
+def test_a_mistake_is_told_although_nobody_opened_an_output():
+    script = "import config; config.run(lambda: config.require(config, USAGE=set()))"
+    command = f'"{sys.executable}" -c "{script}" >&-'
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, cwd=ROOT)
+    assert result.returncode == 2 and result.stderr.count(b"\n") == 1, "sys.stdout is None then"
 
 
 # open_whole

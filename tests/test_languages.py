@@ -129,6 +129,10 @@ def test_the_command_learns_from_named_files_and_identifies(tmp_path, monkeypatc
     assert run("--out", tmp_path / "m.npz")[0] == 2
     code, _, err = run("--out", tmp_path / "n.npz", "--train", "english")
     assert code == 2 and "--train 'english' is not LABEL=PATH" in err
+    code, _, err = run("--input", tmp_path)
+    assert code == 2 and "is what a --model is to identify, and none is named; leave it out" in err
+    code, _, err = run("--model", tmp_path / "m.npz", "--train", *pairs)
+    assert code == 2 and "is of a model that is learned, and --model" in err
 
 
 @pytest.mark.slow

@@ -809,6 +809,19 @@ def test_a_merged_folder_opens_without_its_base_and_an_adapter_is_no_base(tmp_pa
         lora.load_base(tmp_path / "run" / "adapter")
 
 
+def test_a_folder_that_holds_an_adapter_alone_is_called_that(tmp_path):
+    """Of peft, or of a run with --no-lora_merge: neither has a config.json, which is not what is missing."""
+    base_and_adapter(tmp_path)
+    (tmp_path / "adapter" / "config.json").unlink()
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "adapter", tmp_path / "run" / "adapter")
+    for folder, adapter in (("adapter", "adapter"), ("run", "run/adapter")):
+        with pytest.raises(UserError, match=f"is an adapter, no whole model; .*--adapter .*/{adapter} --out F"):
+            lora.load_base(tmp_path / folder)
+        with pytest.raises(UserError, match="is an adapter, no whole model"):
+            lora.merge_folders(tmp_path / folder, tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_lora_py_without_a_word_says_what_it_does(monkeypatch, capsys):
     code, _, err = in_process(monkeypatch, capsys, lora.main)
     assert code == 2 and "python lora.py merge --base F --adapter F --out F" in err

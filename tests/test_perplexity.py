@@ -121,7 +121,7 @@ def test_percentiles_become_bounds_and_bounds_reasons():
     assert perplexity_problem(0.5, (1, 3.2)) == "bits_per_byte: 0.500, at least 1.000"
     assert perplexity_problem(1, (1, 3.2)) is None and perplexity_problem(3.2, (1, 3.2)) is None
     with pytest.raises(UserError, match="no text is held out"):
-        percentile_bounds(np.array([math.nan]))
+        percentile_bounds(np.array([math.nan]), 1, 95)
 
 
 def test_the_filter_drops_shuffled_and_gibberish_text_and_keeps_the_rest(model):
@@ -161,6 +161,16 @@ def perplexity_ids(text):
     return torch.tensor([list(text.encode())])
 
 
+@pytest.mark.parametrize("words, message", [
+    (["--input", "x"], "--input x is what a --model is to judge, and none is named; leave it out"),
+    (["--model", "m", "--order", "5"], "--order 5 is of a model that is learned, and --model m is one that was"),
+    (["--low", "96"], "--low 96 leaves nothing below --high 95; lower it"),
+])
+def test_settings_that_would_do_nothing_are_refused(monkeypatch, capsys, words, message):
+    code, _, err = in_process(monkeypatch, capsys, perplexity.main, *words)
+    assert code == 2 and message in err
+
+
 def test_the_command_learns_and_filters(tmp_path, monkeypatch, capsys):
     (tmp_path / "texts").mkdir()
     for i, text in enumerate(TEXTS):
@@ -171,6 +181,8 @@ def test_the_command_learns_and_filters(tmp_path, monkeypatch, capsys):
     (tmp_path / "junk.txt").write_text("xq zvk wpfj " * 9, encoding="utf-8")
     code, out, err = run("--model", tmp_path / "m", "--input", tmp_path / "junk.txt")
     assert code == 0 and "junk.txt: bits_per_byte: " in out and "dropped: 1 of 1 documents" in out, err
+    code, _, err = run("--model", tmp_path / "m", "--train", tmp_path / "texts")
+    assert code == 2 and "has bounds of its own; leave it out" in err
     assert run("--train", tmp_path / "texts", "--out", tmp_path / "m")[0] == 2
     code, _, err = run("--train", tmp_path / "junk.txt", "--out", tmp_path / "n")
     assert code == 2 and "too few to learn from" in err and err.count("\n") == 1

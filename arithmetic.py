@@ -108,7 +108,7 @@ class Settings:
     dim: int = 64  # width of the model
     layers: int = 3  # of the model
     seed: int = 0  # of problems and weights
-    measure: tuple[str, ...] = ()  # write nothing; ask these model folders the held-out problems
+    measure: tuple[str, ...] | None = None  # write nothing; ask these model folders the held-out problems
     samples: int = 4  # replies to each at temperature 1, beside the greedy one
     max_new_tokens: int = 64  # of such a reply
     template: Literal["chatml", "llama3", "qwen", "qwen3"] = "chatml"  # how a conversation is written
@@ -117,6 +117,8 @@ class Settings:
         require(self, terms=(2, 8), learn=(1, None), problems=(1, None), val=(1, None),
                 dim=(8, None), layers=(1, None), seed=(0, 2 ** 63 - 1), samples=(1, None),
                 max_new_tokens=(1, None))
+        if self.measure == ():
+            raise UserError("--measure names no model folder; name one, or several")
         wanted, there = self.learn + self.problems + self.val, how_many(self.terms)
         if not self.measure and wanted > 0.8 * there:  # the last ones would be drawn for ever
             raise UserError(f"{wanted:,} problems are wanted, and of the {there:,} sums of {self.terms} "

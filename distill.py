@@ -48,7 +48,7 @@ from rollouts import drawn_now, lay_out, whole_copy
 from students import check_smaller, describe_student, layers_student, random_student, width_student
 from survive import check_newest, open_run_folder
 from teachers import Stored, asked, check_same_tokens, open_teacher, store
-from train import Loop, bigram_start, evaluate, guarded, identity_of, micro_batch, train
+from train import Loop, bigram_start, evaluate, guarded, identity_of, micro_batch, steps_of, train
 from watch import spent, write_results
 from work import fingerprint
 
@@ -186,7 +186,7 @@ class Settings(Loop, Adapter):
     data: str = "runs/data"  # what is learnt from: token shards (data.py), or conversations, as of sft.py
     out: str = "runs/student"  # run folder; an unfinished run goes on
     overwrite: bool = False  # delete what is in `out` and start anew
-    compare: tuple[str, ...] = ()  # train nothing; measure these model folders on what is held out
+    compare: tuple[str, ...] | None = None  # train nothing; measure these model folders on what is held out
 
     init_from: str | None = None  # folder of the student; none: it is made, as the next says
     student: Literal["random", "layers", "width"] = "random"  # with random weights; as every other block of
@@ -238,7 +238,8 @@ class Settings(Loop, Adapter):
         self.steps = 1 if unknown else self.steps
         self.check_loop()
         self.steps = None if unknown else self.steps
-        self.eval_stride = max(1, self.seq_len // 2) if self.eval_stride is None else self.eval_stride
+        if self.eval_stride is None and self.kind_of_data == "text":
+            self.eval_stride = max(1, self.seq_len // 2)
         require(self, kd_weight=(0, 1), top_k=(0, None), match_weight=(0, 1e6), on_policy=(0, 1),
                 max_new_tokens=(1, None), val_share=(0.001, 0.5), epochs=(0.001, 1000), questions=(0, None),
                 repetition_penalty=(1, 1000), samples_of_questions=(0, None), bigram_steps=(0, None),
@@ -286,6 +287,13 @@ class Settings(Loop, Adapter):
 
     def check_useless(self):
         """Raise UserError where things are asked for that do not go together, or would do nothing."""
+        if self.compare == ():
+            raise UserError("--compare names no model folder; name one, or several to compare")
+        if self.kind_of_data == "text":
+            self.refuse(("epochs",), f"is for conversations, and {self.data} is plain text")
+        else:
+            self.refuse(("eval_stride",), f"is for plain text, and {self.data} holds conversations")
+        self.check_val_share()
         if self.tensor_parallel > 1:
             raise UserError(f"--tensor_parallel {self.tensor_parallel}: distributions are compared whole; "
                             f"pass --data_parallel fsdp")
@@ -315,11 +323,6 @@ class Settings(Loop, Adapter):
         if self.match == "attention" and self.compile is None:
             self.compile = False
 
-    def refuse(self, names: Sequence[str], why: str):
-        for name in names:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(f"--{name} {getattr(self, name)} {why}; leave it out")
-
 
 def main():
     settings = parse(Settings)
@@ -339,8 +342,7 @@ def distil(settings: Settings, env: Env) -> None:
                         f"the teacher {settings.teacher} reads {known:,} alone; leave it out")
     open_data = open_text if settings.kind_of_data == "text" else open_conversations
     batches, val, questions = open_data(settings, settings.teacher, tokenizer, env)
-    if settings.steps is None:
-        settings.steps = math.ceil(batches.windows * settings.epochs / settings.batch_size)
+    settings.steps = steps_of(settings, batches.windows, env)
     env.say(add_adapter(model, settings, new))
     if settings.match == "hidden":  # last: no adapter on it, and it is learnt whatever is frozen
         add_projection(model, teacher.config.dim, settings.seed)

@@ -46,7 +46,7 @@ from plot import line_chart
 from preferences import Pair, encode_pairs, read_preferences
 from rejection import Sampling, check_tokenizer, make_pairs
 from survive import alone, open_run_folder
-from train import Loop, evaluate, guarded, micro_batch, train
+from train import Loop, evaluate, guarded, micro_batch, steps_of, train
 from watch import read_log, spent, write_results
 from work import fingerprint
 
@@ -464,6 +464,7 @@ class Settings(Loop, Adapter, Sampling):
         self.check_sampling()
         self.check_loop()
         self.check_adapter()
+        self.check_val_share()
         self.check_loss()
         self.check_reference()
         if self.rounds:
@@ -480,6 +481,7 @@ class Settings(Loop, Adapter, Sampling):
         if self.nll_weight and self.kind == "orpo":
             raise UserError(f"--nll_weight {self.nll_weight}: --kind orpo has the chosen answer's likelihood "
                             f"in itself; leave it out")
+        self.refuse(("chunked_loss",), "is the only way here: logits of all tokens are never held")
 
     def check_reference(self):
         """Choose where the reference comes from, if that is not said; UserError where it cannot."""
@@ -586,8 +588,7 @@ def prefer(settings: Settings, env: Env) -> None:
     check_tokenizer(tokenizer, settings.init_from, settings.template)
     check_length(settings, model, settings.init_from)
     splits = pack(settings, read_splits(settings, tokenizer, env), env)
-    pairs_to_see = splits["train"].windows * settings.epochs
-    settings.steps = settings.steps or math.ceil(pairs_to_see / settings.batch_size)
+    settings.steps = steps_of(settings, splits["train"].windows, env)
     asked = rejection.questions(settings)
     rejection.question_ids(asked, model, tokenizer, settings)  # one without room for an answer is told of now
     env.say(add_adapter(model, settings))

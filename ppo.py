@@ -190,11 +190,6 @@ class Settings(Loop, Adapter):
         if self.kl_target and not self.kl_coef:
             raise UserError(f"--kl_target {self.kl_target} moves --kl_coef, which is 0; pass one above it")
 
-    def refuse(self, names: Sequence[str], why: str):
-        for name in names:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(f"--{name} {getattr(self, name)} {why}; leave it out")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Who takes part

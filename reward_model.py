@@ -48,7 +48,7 @@ from plot import line_chart
 from preferences import Pair
 from rejection import check_tokenizer
 from survive import open_run_folder
-from train import Loop, guarded, micro_batch, train
+from train import Loop, guarded, micro_batch, steps_of, train
 from watch import read_log, write_results
 from work import fingerprint
 
@@ -352,6 +352,8 @@ class Settings(Loop, Adapter):
         require(self, epochs=(0.001, 1000), margin=(0, 1e6), centre=(0, 1e6), val_share=(0.001, 0.5))
         self.check_loop()
         self.check_adapter()
+        self.check_val_share()
+        self.refuse(("chunked_loss",), "is about logits, and a reward model has none")
         if self.quantize or not self.lora_merge:
             flag = f"--quantize {self.quantize}" if self.quantize else "--no-lora_merge"
             raise UserError(f"{flag} is not for reward models, whose adapters are merged into a plain base; "
@@ -381,8 +383,7 @@ def train_reward_model(settings: Settings, env: Env) -> None:
     # the last token of an answer needs a place too, so a side has no more than seq_len
     pairs = dpo.read_splits(settings, tokenizer, env, settings.seq_len - 1)
     splits = pack(settings, pairs, env)
-    pairs_to_see = splits["train"].windows * settings.epochs
-    settings.steps = settings.steps or math.ceil(pairs_to_see / settings.batch_size)
+    settings.steps = steps_of(settings, splits["train"].windows, env)
     model, line = begin(base, settings)
     env.say(line)
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ The loop, the loss and all layouts are pretraining's (train.py). Unlike pretrain
 4. some windows are plain text, as in pretraining: against forgetting.
 """
 import contextlib
+import functools
 import hashlib
 import math
 import re
@@ -46,7 +47,7 @@ from objectives import next_token_loss
 from parallel import Env
 from positions import extended
 from survive import open_run_folder
-from train import Loop, evaluate, guarded, micro_batch, train
+from train import Loop, evaluate, guarded, micro_batch, steps_of, train
 from watch import spent, write_results
 
 Example = tuple[list[int], list[bool]]  # ids of a conversation and its mask, as `render` gives them
@@ -120,13 +121,14 @@ class PlainText(Batches):
         return inputs, targets, torch.zeros_like(inputs)
 
 
-def reply_loss(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def reply_loss(model: Transformer, batch: tuple[Tensor, Tensor, Tensor],
+               chunked: bool = True) -> tuple[Tensor, Tensor]:
     """next_token_loss in which no document sees another: (sum in nats, how many targets).
 
     batch: inputs, targets, documents, (B, T) each. Positions start anew in each document (Mask sees to it).
     """
     inputs, targets, documents = batch
-    return next_token_loss(model, (inputs, targets, Mask(documents=documents)), sparse=True)
+    return next_token_loss(model, (inputs, targets, Mask(documents=documents)), chunked, sparse=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,6 +353,7 @@ class Settings(Loop, Adapter):
                 questions=(0, None), val_share=(0.001, 0.5), repetition_penalty=(1, 1000))
         self.check_loop()
         self.check_adapter()
+        self.check_val_share()
         if self.lora_rank and self.train_layers != "all":
             raise UserError(f"--train_layers {self.train_layers} and --lora_rank {self.lora_rank}: beside "
                             f"adapters all layers are frozen; leave one of them out")
@@ -377,7 +380,7 @@ def fine_tune(settings: Settings, env: Env):
         conversations[split], examples[split] = examples_of(
             conversations[split], tokenizer, template, settings.seq_len, settings.loss_on_prompts, env.say)
     batches, validation = pack(settings, examples, tokenizer, template, was.max_seq_len, env)
-    settings.steps = settings.steps or steps_of(settings, batches.windows)
+    settings.steps = steps_of(settings, batches.windows, env)
     new = sorted(id for token, id in tokenizer.special_tokens.items() if token not in known.special_tokens)
     env.say(add_adapter(model, settings, new) if settings.lora_rank else
             choose_trained(model, settings.train_layers))
@@ -392,16 +395,17 @@ def fine_tune(settings: Settings, env: Env):
         if env.rank == 0:
             show(settings)
         model.to(env.device)
-        before["loss"] = evaluate(model, validation[""], reply_loss, env)["loss"]
+        loss_fn = functools.partial(reply_loss, chunked=settings.chunked_loss)
+        before["loss"] = evaluate(model, validation[""], loss_fn, env)["loss"]
         if settings.replay:
             with configured(model, was):
-                before["plain"] = evaluate(model, validation["plain_"], reply_loss, env)["bits_per_byte"]
+                before["plain"] = evaluate(model, validation["plain_"], loss_fn, env)["bits_per_byte"]
         if settings.few_shot:
             env.first(lambda: print(best_few_shot(model, was, tokenizer, asked, conversations["train"],
                                                   settings.repetition_penalty)),
                       patient=True)
         env.first(lambda: before.update(replies=reply_to(asked, model, tokenizer, settings)), patient=True)
-        last = train(model, batches, reply_loss, settings, env, tokenizer, validation,
+        last = train(model, batches, loss_fn, settings, env, tokenizer, validation,
                      identity(settings, batches) | {"base": base_of(model).get("sha256")})
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)
 
@@ -530,12 +534,6 @@ def check_tokenizer(settings: Settings, old: Batches, tokenizer: Tokenizer, temp
         raise UserError(f"--replay {settings.replay} was made with another tokenizer than that of "
                         f"{settings.init_from}; make it anew: python data.py --tokenizer "
                         f"{settings.init_from}, or pass --replay none")
-
-
-def steps_of(settings: Settings, windows: int) -> int:
-    """So many updates that each of the windows is seen `epochs` times, with what is replayed in between."""
-    share = settings.replay_share if settings.replay else 0
-    return math.ceil(windows * settings.epochs / (1 - share) / settings.batch_size)
 
 
 def identity(settings: Settings, batches: Batches) -> dict:

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -123,6 +124,17 @@ class Loop(Compute):
         if self.seq_len % self.tensor_parallel:
             raise UserError(f"--tensor_parallel {self.tensor_parallel} does not divide seq_len "
                             f"{self.seq_len}; between blocks each process has its own positions")
+
+    def check_val_share(self):
+        """Raise UserError where a share is to be held out of data that have a part for that."""
+        if Path(self.data).is_dir() or self.data == type(self).data:
+            self.refuse(("val_share",), f"is for a single file, and --data {self.data} is a folder")
+
+    def refuse(self, names: Sequence[str], why: str):
+        """Raise UserError where one of these settings is not as by default."""
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name} {getattr(self, name)} {why}; leave it out")
 
 
 @dataclass
@@ -506,6 +518,17 @@ def micro_batch(settings, env) -> int:
         raise UserError(f"micro_batch_size {micro} does not divide the {share} windows that each process has "
                         f"of batch_size {start}; choose a divisor")
     return micro
+
+
+def steps_of(settings, windows: int, env) -> int:
+    """--steps, or so many updates that each window is seen `epochs` times, with what is replayed in between.
+    """
+    if settings.steps is None:
+        share = settings.replay_share if getattr(settings, "replay", None) else 0
+        return math.ceil(windows * settings.epochs / (1 - share) / settings.batch_size)
+    if settings.epochs != type(settings).epochs:
+        env.say(f"--epochs {settings.epochs:g} does nothing beside --steps {settings.steps}")
+    return settings.steps
 
 
 def seed_step(seed: int, step: int, rank: int):

@@ -161,6 +161,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch, cap
     (("--terms", 2, "--learn", 700), "at most 80 % are drawn; pass fewer"),
     (("--val", 0), "--val 0 is out of range"),
     (("--dim", 30), "dim 30 is not divisible by n_heads 4"),
+    (("--measure", ""), "--measure names no model folder"),
     (("--measure", "x"), "val.jsonl, whose problems are asked; make it with: python arithmetic.py"),
 ])
 def test_a_mistake_ends_in_one_line(words, told, tmp_path, monkeypatch, capsys):

@@ -537,6 +537,10 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(skew=0.3, kind="jsd"), "--skew 0.3 does nothing with --kind jsd"),
     (dict(match_weight=2), "--match_weight 2.0 does nothing with --kind forward and --match None"),
     (dict(chunked_loss="false"), "--chunked_loss False is the only way here"),
+    (dict(eval_stride=8), "--eval_stride 8 is for plain text, and "),
+    (dict(data="{text}", epochs=2), "--epochs 2.0 is for conversations, and "),
+    (dict(val_share=0.3), "--val_share 0.3 is for a single file, and --data "),
+    (dict(compare=""), "--compare names no model folder; name one, or several to compare"),
 ])
 def test_mistakes_end_in_one_line_and_code_2_before_a_run_is_begun(place, foreign, tmp_path, command, changes,
                                                                    words):

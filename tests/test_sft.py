@@ -458,9 +458,17 @@ def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(tmp_path):
 
 def test_epochs_become_steps():
     settings = sft.Settings(epochs=3.0, batch_size=8, replay=None)
-    assert sft.steps_of(settings, windows=100) == math.ceil(300 / 8)
-    assert sft.steps_of(replace(settings, replay="runs/data", replay_share=0.2), 100) == math.ceil(375 / 8), \
-        "a fifth of the windows is of another text"
+    assert train.steps_of(settings, 100, CPU) == math.ceil(300 / 8)
+    replaying = replace(settings, replay="runs/data", replay_share=0.2)
+    assert train.steps_of(replaying, 100, CPU) == math.ceil(375 / 8), "a fifth of the windows is of another text"
+
+
+def test_epochs_beside_steps_are_told_to_do_nothing(capsys):
+    """Not refused: settings.json has both, and --config reads it."""
+    assert train.steps_of(sft.Settings(epochs=3.0, steps=7), 100, CPU) == 7
+    assert "--epochs 3 does nothing beside --steps 7" in capsys.readouterr().out
+    train.steps_of(sft.Settings(steps=7), 100, CPU)
+    assert not capsys.readouterr().out
 
 
 # ---- the program -------------------------------------------------------------------------------------------
@@ -555,6 +563,14 @@ def test_a_model_that_has_the_template_goes_without_new_tokens(finished, base, t
     assert code == 0, err
     assert "new tokens" not in out and "instead of" not in out
     assert load_model(tmp_path / "more")[0].config == load_model(finished[1])[0].config
+
+
+def test_no_chunked_loss_holds_all_logits_at_once(base, tmp_path, command, monkeypatch):
+    """The flag once did nothing here: what it leaves out must not be called."""
+    words = arguments(base, tmp_path / "run", questions=0, steps=1, chunked_loss="false")
+    monkeypatch.setattr("objectives.linear_cross_entropy", None)
+    code, _, err = command(words)
+    assert code == 0, err
 
 
 def test_a_file_in_gsm8ks_form_trains_and_a_share_of_it_is_held_out(base, tmp_path, command):
@@ -708,6 +724,7 @@ def test_a_line_that_is_no_conversation_is_named_or_skipped(base, tmp_path, comm
     (dict(replay_share=1), "--replay_share 1.0 is out of range"),
     (dict(epochs=0), "--epochs 0.0 is out of range"),
     (dict(batch_size=4, micro_batch_size=3), "does not divide"),
+    (dict(val_share=0.3), "--val_share 0.3 is for a single file, and --data "),
 ])
 def test_mistakes_end_in_one_line_and_code_2_before_a_run_is_begun(base, tmp_path, command, changes, words):
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n', "utf-8")

@@ -44,28 +44,29 @@ def figure(title: str, unit: str, lines: dict, marks: dict | None = None, levels
     lines, marks: {name: points}; long lines are smoothed, with the single values thin behind them. more:
     lines that are smooth already.
     """
-    lines = {printable(name): points for name, points in lines.items() if points}
-    marks = {printable(name): points for name, points in (marks or {}).items() if points}
-    drawn = {name: smooth(points, MEANS) if len(points) > MEANS else points for name, points in lines.items()} | (more or {})
+    lines = {printable(name): points for name, points in lines.items()}
+    marks = {printable(name): points for name, points in (marks or {}).items()}
+    drawn = {name: smooth(points, MEANS) if len(points) > MEANS else points
+             for name, points in lines.items()} | (more or {})
     faint = {name: thin(points) for name, points in lines.items() if len(points) > MEANS}
     if max((len(points) for points in [*drawn.values(), *marks.values()]), default=0) < 2:
         return ""
     ends = [f"{name}: {points[0][1]:.4g} at {points[0][0]:.4g} to {points[-1][1]:.4g} at {points[-1][0]:.4g}, "
             f"lowest {min(y for _, y in points):.4g}, highest {max(y for _, y in points):.4g}"
-            for name, points in [*lines.items(), *marks.items()]]
-    ends += [f"level: {name}" for name in levels or {}]
+            for name, points in [*lines.items(), *marks.items()] if points]
     chart = plot.line_chart(f"{title}, {unit}", x_name, unit, drawn, faint=faint, marks=marks, levels=levels,
-                            about="; ".join(ends))
-    rings = [name for name in marks if name not in drawn]
-    legend = plot.legend(list(drawn), rings)
-    return (f"<figure>\n<figcaption><h4>{escape(title)}</h4>{f'<p>{escape(why)}</p>' if why else ''}</figcaption>\n"
-            f"{chart}{legend}{details('figures', values(title, x_name, drawn, marks))}</figure>\n")
+                            about="; ".join([*ends, *(levels or {})]))
+    legend = plot.legend(drawn, marks)
+    kind, said = (' class="lead"', f"<p>{escape(why)}</p>\n") if why else ("", "")
+    return (f'<figure{kind}>\n<h4>{escape(title)}</h4>\n<div class="drawn">{chart}{legend}</div>\n'
+            f"<figcaption>{said}{details('figures', values(title, x_name, drawn, marks))}</figcaption>\n</figure>\n")
 
 
 def values(title: str, x_name: str, lines: dict, marks: dict) -> str:
     """The chart's figures: a dozen means of each line, and all rings."""
-    columns = {name: smooth(points, 12) for name, points in lines.items()}
-    columns |= {f"{name} (rings)" if name in lines else name: thin(points, 24) for name, points in marks.items()}
+    columns = {name: smooth(points, 12) for name, points in lines.items() if points}
+    columns |= {f"{name} (rings)" if name in lines else name: thin(points, 24)
+                for name, points in marks.items() if points}
     places = sorted({x for points in columns.values() for x, _ in points})
     found = [dict(points) for points in columns.values()]
     rows = [(f"{x:.6g}", *(shown(column[x]) if x in column else "" for column in found)) for x in places]
@@ -91,6 +92,14 @@ def charts_of(run: Run, explain: bool) -> str:
             titles.add(chart.title)
             made.append(drawn)
     return f'<div class="charts">\n{"".join(made)}</div>\n' if made else ""
+
+
+def lacking(run: Run) -> list[str]:
+    """The titles of charts that this kind of run should have, and whose figures are not in its log."""
+    wanted = [chart for chart in CHARTS.get(run.kind, []) if chart.lines and chart.along == "step"]
+    there = {chart.title for chart in wanted if lines_of(chart.lines, run.series)}
+    return [title for title in dict.fromkeys(chart.title for chart in wanted)
+            if title not in there] if run.series else []
 
 
 def levels(run: Run) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 # which setting only this kind of run has, and what stands in its log: for logs whose settings are lost
-KINDS = {"reinforcement": ("prompts_data", "reward"), "distillation": ("kd_weight", "kd_nats_per_token"),
+KINDS = {"reinforcement": ("algorithm", "reward"), "distillation": ("kd_weight", "kd_nats_per_token"),
          "preferences": ("label_smoothing", "chosen_logp_nats_per_token"),
          "reward model": ("margin_from", "margin"), "fine-tuning": ("loss_on_prompts", "plain_val_bits_per_byte"),
          "pretraining": ("objective", "loss_nats_per_token")}
@@ -234,7 +234,50 @@ def stretches(points: Sequence, number: int) -> list[Sequence]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Several runs
+# 3. Figures, and what sets several runs apart
+
+
+def figures(run: Run) -> list[tuple[str, float | None, float, str]]:
+    """(what, before, after, note) of held-out data: from results.json, or else the log's first and last."""
+    rows = []
+    for name, value in run.results.items() if run.kind != "pairs" else ():
+        if name == "held out" and isinstance(value, dict):  # distill.py's
+            for key, unit in (("bits_per_byte", "bits per byte"), ("loss", "nats a token")):
+                teacher = number(part(value, "teacher", key))
+                rows.append((f"{name}, {unit}", part(value, "before", key), part(value, "after", key),
+                             "" if teacher is None else f"the teacher: {teacher:.4g}"))
+        elif isinstance(value, dict) and "after" in value:
+            note = value.get("note")
+            rows.append((name, value.get("before"), value["after"], note if isinstance(note, str) else ""))
+        elif isinstance(value, dict):
+            rows += [(f"{name}: {inner}", None, it, "") for inner, it in value.items()]
+        else:
+            rows.append((name, None, value, ""))
+    rows = [(in_words(name), number(before), number(after), note) for name, before, after, note in rows
+            if number(after) is not None]
+    return rows or measured(run)
+
+
+def measured(run: Run) -> list[tuple[str, float | None, float, str]]:
+    """The same from the log, where a stage writes no results."""
+    rows = []
+    for key, points in run.series.items():
+        if "val_" in key:
+            first, note = (points[0][1], f"before: at step {points[0][0]:,}") if points[1:] else (None, "")
+            rows.append((f"{in_words(key.replace('val_', ''))}, held out", first, points[-1][1], note))
+    return rows
+
+
+def chief_key(run: Run) -> str | None:
+    """The key of the log that is to fall, or of rewards to rise; a distillation's bits are of its own loss."""
+    keys = {"distillation": (), "reinforcement": ("reward",)}.get(run.kind, ("bits_per_byte",))
+    return next((key for key in run.series if key in keys), None) or next(
+        (key for key in run.series if key.startswith("loss")), None)
+
+
+def in_words(key: str) -> str:
+    words = key.replace("loss_nats", "loss, nats").replace("_per_", " a ")
+    return words.replace("bits a byte", "bits per byte").replace("_", " ")
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list]:

@@ -15,7 +15,7 @@ class Chart(NamedTuple):
     along: str = "step"  # the key that goes from left to right
 
 
-RATE = Chart("Learning rate", "peak rates are those of the matrices", {"learning rate": "lr"}, {},
+RATE = Chart("Learning rate", "of the matrices in blocks", {"learning rate": "lr"}, {},
              "How far a step goes. It rises over the warm-up, as the optimizer's running means know nothing yet, "
              "and falls to nearly 0 by the end, which is when the loss falls fastest: a run that is stopped "
              "early has not had its best part.")

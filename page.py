@@ -6,6 +6,7 @@ What funnel.py and report.py share. Text is escaped unless it says that it is HT
 model wrote, or what a folder is called, may look like a tag.
 """
 import html
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -72,21 +73,21 @@ def table(caption: str, heads: Sequence, rows: Iterable[Sequence], wide: bool = 
 
     wide: it takes the whole width, as where bars stand in it.
     """
-    body, figures = [], [True] * len(heads)
-    for row in rows:
-        name, *cells = map(escape, row)
-        kinds = [bool(re.fullmatch(r"|[-+−]?\d[\d.,]*(e[-+]?\d+)?( ?%| [A-Za-z]{1,4})?|–", cell))
-                 for cell in cells]
-        figures = [figures[0], *(one and other for one, other in zip(figures[1:], kinds))]
-        body.append(f'<tr><th scope="row">{name}</th>'
-                    + "".join(f"<td{FIGURE * kind}>{cell}</td>" for kind, cell in zip(kinds, cells))
-                    + "</tr>\n")
-    figures[0] = False
-    head = "".join(f'<th scope="col"{FIGURE * (kind and bool(body))}>{escape(name)}</th>'
-                   for name, kind in zip(heads, figures))
+    rows = [list(map(escape, row)) for row in rows]
+    kinds = ["", *(FIGURE * all(map(is_figure, column)) for column in list(zip(*rows))[1:])]
+    body = [f'<tr><th scope="row">{name}</th>'
+            + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], cells)) + "</tr>\n"
+            for name, *cells in rows]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>'
+                   for name, kind in itertools.zip_longest(heads, kinds, fillvalue=""))
     return Raw(f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
                f'<table{WIDE * wide}>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr>'
                f"</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n</div>\n")
+
+
+def is_figure(cell: str) -> bool:
+    """Whether it is a number, perhaps with a unit or two, or nothing."""
+    return re.fullmatch(r"(?!\W*$)([-+−]?\d[\d.,]*(e[-+]?\d+)?( ?%| [A-Za-z]{1,4})? ?)+|–|", cell) is not None
 
 
 def bar(share: float, lost: float = 0.0) -> Raw:

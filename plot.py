@@ -42,7 +42,7 @@ def line_chart(title: str, x_name: str, y_name: str, lines: Mapping[str, Points]
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-    parts = [*opening(title, width, about), text(8, TOP - 6, y_name),
+    parts = [*opening(title, width, about), text(LEFT, TOP - 8, y_name),
              text(WIDTH - RIGHT, HEIGHT - 8, x_name, 'text-anchor="end"')]
     parts += axes(x_ticks, y_ticks, place)
     for number, (name, y) in enumerate(levels.items()):
@@ -57,8 +57,8 @@ def line_chart(title: str, x_name: str, y_name: str, lines: Mapping[str, Points]
             y = TOP + 8 + 22 * number
             parts += [f'<line {stroke(number)} x1="{WIDTH - RIGHT + 12}" x2="{WIDTH - RIGHT + 40}" y1="{y}" '
                       f'y2="{y}"/>', text(WIDTH - RIGHT + 46, y + 4, name)]
-    numbers = {name: number for number, name in enumerate([*lines, *(name for name in marks if name not in lines)])}
-    parts += [ring(numbers[name], *place(*point)) for name, points in marks.items() for point in points]
+    number_of = numbers(lines, marks)
+    parts += [ring(number_of[name], *place(*point)) for name, points in marks.items() for point in points]
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -96,13 +96,21 @@ def ring(number: int, x: float, y: float) -> str:
     return f'<circle class="mark c{number % len(LINES)}" stroke="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
 
 
-def legend(lines: Sequence[str], marks: Sequence[str] = ()) -> str:
-    """The names of lines and rings, as a list of HTML to stand beside a chart."""
-    items = [f'<line {stroke(i)} x1="0" x2="34" y1="6" y2="6"/>' for i in range(len(lines))] \
-        + [ring(len(lines) + i, 17, 6) for i in range(len(marks))]
-    return '<ul class="legend">' + "".join(
-        f'<li><svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">{drawn}</svg> '
-        f"{html.escape(name)}</li>" for drawn, name in zip(items, [*lines, *marks])) + "</ul>\n"
+def numbers(lines: Mapping[str, Points], marks: Mapping[str, Points]) -> dict[str, int]:
+    """{name: its number, which is its colour}: rings have that of the line of their name."""
+    return {name: number for number, name in enumerate(dict.fromkeys([*lines, *marks]))}
+
+
+def legend(lines: Mapping[str, Points], marks: Mapping[str, Points]) -> str:
+    """The names of lines and rings, as a list of HTML to stand beside a chart; not of those without points."""
+    items = ""
+    for name, number in numbers(lines, marks).items():
+        drawn = f'<line {stroke(number)} x1="0" x2="34" y1="6" y2="6"/>' if lines.get(name) else \
+            ring(number, 17, 6)
+        if lines.get(name) or marks.get(name):
+            items += (f'<li><svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">{drawn}</svg> '
+                      f"{html.escape(name)}</li>")
+    return f'<ul class="legend">{items}</ul>\n'
 
 
 def blocks(shares: Sequence[float], rows: int) -> list[str]:

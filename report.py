@@ -16,28 +16,34 @@ from pathlib import Path
 import config
 import funnel
 import plot
-from charts import charts_of, figure, overlays, shown
+from charts import charts_of, figure, lacking, overlays, shown
 from config import UserError
-from logs import ORDER, Run, differences, find, in_order, number, part, read, smooth
+from logs import (ORDER, Run, chief_key, differences, figures, find, in_order, in_words, number, part, read,
+                  smooth)
 from metrics import INTRODUCTIONS
 from page import Raw, bar, document, escape, printable, table
 
 STYLE = plot.STYLE + """
 svg { background: none; max-width: 100%; } .chart { width: 100%; height: auto; display: block; }
+.chart text { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
 svg { fill: var(--ink); } figure { margin: 0; } figure h4 { margin: 0; font-size: 1rem; }
-figcaption p { margin: .2rem 0 .5rem; font-size: .88rem; color: var(--soft); }
+figcaption p { margin: 0 0 .4rem; font-size: .88rem; color: var(--soft); }
+figcaption { margin-top: .4rem; } .drawn { min-width: 0; }
+@media (min-width: 64rem) { .charts .lead:first-child:nth-last-child(odd) { grid-column: 1 / -1; display: grid;
+  grid-template-columns: 3fr 2fr; column-gap: 2.5rem; } .lead:first-child:nth-last-child(odd) h4 { grid-column: 1 / -1; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
           gap: 2.2rem 2.5rem; margin: 1.4rem 0; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: .2rem 0 0; padding: 0;
           font-size: .85rem; }
-nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; padding: 0; margin: 1rem 0 0; }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; padding: 0; margin: 0 0 1.6rem; }
 .skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; top: .5rem; background: var(--paper);
         padding: .4rem .8rem; z-index: 1; }
 .sample { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .2rem 1.6rem;
           background: var(--card); padding: .8rem 1rem .3rem; margin: 0 0 1rem; border-radius: 6px; }
 .sample .prompt { grid-column: 1 / -1; } .sample dt { font-size: .8rem; color: var(--soft); }
 .sample dd { margin: 0; } .sample pre { max-height: 18rem; overflow: auto; }
-@media (max-width: 40rem) { .chart text { font-size: 21px; } .chart .odd { display: none; } }
+@media (max-width: 40rem) { .scroll table { width: max-content; max-width: 56rem; }
+  .wide { min-width: 36rem; } .chart text { font-size: 21px; } .chart .odd { display: none; } }
 """
 CHIEF = {"pretraining": "bits per byte, held out", "preferences": "margin of the rewards",
          "reward model": "accuracy", "reinforcement": "sampled: reward", "distillation": "held out, bits per byte"}
@@ -46,50 +52,16 @@ SAMPLES, SAMPLE_LENGTH = 8, 1500  # of a run; characters of a text
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Figures
-
-
-def figures(run: Run) -> list[tuple[str, float | None, float, str]]:
-    """(what, before, after, note) of held-out data: from results.json, or else the log's first and last."""
-    if run.kind == "pairs":
-        return []
-    rows = []
-    for name, value in run.results.items():
-        note = value.get("note") if isinstance(value, dict) else None
-        if name == "held out" and isinstance(value, dict):
-            for key, unit in (("bits_per_byte", "bits per byte"), ("loss", "nats a token")):
-                teacher = number(part(value, "teacher", key))
-                rows.append((f"{name}, {unit}", part(value, "before", key), part(value, "after", key),
-                             "" if teacher is None else f"the teacher: {teacher:.4g}"))
-        elif isinstance(value, dict) and "after" in value:
-            rows.append((name, value.get("before"), value["after"], note if isinstance(note, str) else ""))
-        elif isinstance(value, dict):
-            rows += [(f"{name}: {inner}", None, it, "") for inner, it in value.items()]
-        else:
-            rows.append((name, None, value, ""))
-    for key, points in run.series.items():
-        name = key.removeprefix("val_") if key.startswith("val_") else key.replace("val_", "")
-        if "val_" in key and not rows_have(rows, name) and run.kind in ("pretraining", "fine-tuning", "unknown"):
-            first = points[0][1] if len(points) > 1 else None
-            rows.append((f"{in_words(name)}, held out", first, points[-1][1], ""))
-    return [(in_words(name), number(before), number(after), note) for name, before, after, note in rows
-            if number(after) is not None]
-
-
-def rows_have(rows: Sequence[tuple], name: str) -> bool:
-    return any(row[0] == name for row in rows)
-
-
-def in_words(key: str) -> str:
-    return key.replace("_per_", " a ").replace("bits a byte", "bits per byte").replace("_", " ")
+# 1. The story
 
 
 def chief(run: Run) -> tuple[str, float | None, float | None]:
     """(what, before, after): the one figure of a run that the story tells."""
     found = {name: (name, before, after) for name, before, after, _ in figures(run)}
     what = found.get(CHIEF.get(run.kind), next(iter(found.values()), None))
-    key = next((key for key in ("bits_per_byte", "reward") if key in run.series), None) or next(
-        (key for key in run.series if key.startswith("loss")), None)
+    key = chief_key(run)
+    if run.kind == "pairs":
+        return "train pairs", None, number(run.results.get("train pairs"))
     if what is None:  # nothing held out yet
         return ("–", None, None) if key is None else (
             f"{in_words(key)}, training", run.series[key][0][1], smooth(run.series[key], 60)[-1][1])
@@ -108,19 +80,14 @@ def memory(run: Run) -> str:
     return "–" if run.memory is None else f"{run.memory:.2f} GiB"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The story
-
-
 def story(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         what, before, after = chief(run)
         if run.kind == "data":
-            read_, kept = (number(part(run.meta, "funnel", name) and run.meta["funnel"][name][1])
-                           for name in ("read", "kept")) if isinstance(
-                               part(run.meta, "funnel", "read"), list) else (None, None)
-            what, before, after = "bytes of text", read_, kept
+            sizes = (part(run.meta, "funnel", name) for name in ("read", "kept"))  # [documents, bytes]
+            before, after = (number(size[-1]) if isinstance(size, list) and size else None for size in sizes)
+            what = "bytes of text"
         steps = f"{shown(run.steps)} of {shown(run.wanted)}" if (run.wanted or 0) > run.steps else shown(
             run.steps or None)
         rows.append((run.name, run.kind, steps, duration(run.seconds), memory(run), shown(run.tokens), what,
@@ -141,7 +108,7 @@ def costs(runs: Sequence[Run]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Sections
+# 2. Sections
 
 
 def section(kind: str, runs: Sequence[Run]) -> str:
@@ -169,14 +136,20 @@ def state(run: Run) -> str:
         words.insert(0, f"Step {run.steps:,} of {run.wanted:,}: under way, or stopped before its end.")
     if run.kind in CHIEF and run.kind != "pretraining" and not run.results:
         words.append("results.json is missing: it is written at the end, with the figures before and after")
+    if missing := lacking(run):
+        words.append(f"log.jsonl has no figures for: {', '.join(missing)}")
     rows = "".join(f"<li>{escape(word)}</li>" for word in words)
     return f'<ul class="plain warn">{rows}</ul>\n' if rows else ""
 
 
 def held_out(run: Run) -> str:
+    """The figures before and after; columns of which nothing is known are left out."""
     rows = [(name, shown(before), shown(after), note) for name, before, after, note in figures(run)]
-    return table(f"{run.name}: before and after, on held-out data",
-                 ("figure", "before", "after", "note"), rows) if rows else ""
+    if not rows:
+        return ""
+    columns = zip(("figure", "before", "after", "note"), *rows)
+    heads, *rows = zip(*(column for column in columns if set(column[1:]) - {"–", ""}))
+    return table(f"{run.name}: held-out data, before and after", heads, rows)
 
 
 def side_by_side(runs: Sequence[Run]) -> str:
@@ -197,7 +170,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
 
 
 def chief_loss(run: Run) -> float | None:
-    key = next((key for key in run.series if key == "bits_per_byte" or key.startswith("loss")), None)
+    key = chief_key(run)
     return smooth(run.series[key], 60)[-1][1] if key else None
 
 
@@ -261,7 +234,7 @@ def cut(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The page, and the terminal
+# 3. The page, and the terminal
 
 
 def page(runs: Sequence[Run], compared: bool) -> str:
@@ -288,12 +261,10 @@ def page(runs: Sequence[Run], compared: bool) -> str:
 
 def terminal(run: Run, columns: int, rows: int = 6, encoding: str = "utf-8") -> str:
     """The run's loss, or its reward, from its first step to its last, drawn with block characters."""
-    key = next((key for key in ("bits_per_byte", "reward") if key in run.series), None) or next(
-        (key for key in run.series if key.startswith("loss")), None)
+    key = chief_key(run)
     if key is None:
         return f"{run.name}: no curve; {'; '.join(run.problems) or 'its log has no loss'}"
     points = run.series[key]
-    low, high = min(y for _, y in points), max(y for _, y in points)
     means = smooth(points, max(4, columns - 10))
     low, high = min(y for _, y in means), max(y for _, y in means)
     least = 1 / (8 * rows)  # so that the lowest is seen, too
@@ -312,7 +283,7 @@ def terminal(run: Run, columns: int, rows: int = 6, encoding: str = "utf-8") -> 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The command
+# 4. The command
 
 
 @dataclass

@@ -51,15 +51,16 @@ def figure(title: str, unit: str, lines: dict, marks: dict | None = None, levels
     faint = {name: thin(points) for name, points in lines.items() if len(points) > MEANS}
     if max((len(points) for points in [*drawn.values(), *marks.values()]), default=0) < 2:
         return ""
-    ends = [f"{name}: {points[0][1]:.4g} at {points[0][0]:.4g} to {points[-1][1]:.4g} at {points[-1][0]:.4g}, "
-            f"lowest {min(y for _, y in points):.4g}, highest {max(y for _, y in points):.4g}"
+    ends = ["{}: {:.4g} at {:.4g} to {:.4g} at {:.4g}, lowest {:.4g}, highest {:.4g}".format(
+            name, *points[0][::-1], *points[-1][::-1], min(y for _, y in points), max(y for _, y in points))
             for name, points in [*lines.items(), *marks.items()] if points]
     chart = plot.line_chart(f"{title}, {unit}", x_name, unit, drawn, faint=faint, marks=marks, levels=levels,
                             about="; ".join([*ends, *(levels or {})]))
     legend = plot.legend(drawn, marks)
     kind, said = (' class="lead"', f"<p>{escape(why)}</p>\n") if why else ("", "")
     return (f'<figure{kind}>\n<h4>{escape(title)}</h4>\n<div class="drawn">{chart}{legend}</div>\n'
-            f"<figcaption>{said}{details('figures', values(title, x_name, drawn, marks))}</figcaption>\n</figure>\n")
+            f"<figcaption>{said}{details('figures', values(title, x_name, drawn, marks))}</figcaption>\n"
+            f"</figure>\n")
 
 
 def values(title: str, x_name: str, lines: dict, marks: dict) -> str:
@@ -85,8 +86,9 @@ def charts_of(run: Run, explain: bool) -> str:
         why = chart.why if explain else ""
         if ours and explain:
             why += " " + REFERENCE_WHY.format(steps=REFERENCES[next(iter(chart.lines.values()))][0])
-        drawn = figure(chart.title, chart.unit, lines, marks, levels(run) if chart.unit == "bits per byte" else {},
-                       why, ALONG[chart.along],
+        across = levels(run) if chart.unit == "bits per byte" else {}
+        drawn = figure(chart.title, chart.unit, lines, marks, across, why,
+                       ALONG[chart.along],
                        {REFERENCE: ours} if ours else {})
         if drawn:
             titles.add(chart.title)
@@ -103,7 +105,7 @@ def lacking(run: Run) -> list[str]:
 
 
 def levels(run: Run) -> dict[str, float]:
-    """What programs that compress need for the held-out text: {name: bits per byte}, from its data's meta.json."""
+    """{name: bits per byte} that compressors need for the held-out text, by its data's meta.json."""
     place = run.folder.parent / Path(str(run.settings.get("data", "data"))).name / "meta.json"
     found = part(read_object(place, []), "compressors")
     return {f"{name} {value:.3f}": value for name in ("xz", "gzip")
@@ -118,7 +120,7 @@ def overlays(runs: Sequence[Run]) -> str:
     for chart in (chart for i, chart in enumerate(charts) if chart not in charts[:i]):
         pairs = list(lines_of(chart.lines, known).items()) or [("", "")]
         rings = list(lines_of(chart.marks, known).values())
-        fresh = chart.title not in titles or chart.title != "Loss"  # once, in bits per byte, where that is known
+        fresh = chart.title not in titles or chart.title != "Loss"  # in bits per byte, where that is known
         for i, (label, key) in enumerate(pairs * fresh):
             mark = rings[i] if len(rings) == len(pairs) else ""
             if (key, mark, chart.along) in seen:
@@ -126,8 +128,9 @@ def overlays(runs: Sequence[Run]) -> str:
             seen.add((key, mark, chart.along))
             lines, marks = ({run.name: points_of(run, it, chart.along) for run in runs[:OVERLAID]}
                             for it in (key, mark))
-            drawn = figure(f"{chart.title}: {label}" if len(pairs) > 1 else chart.title, chart.unit, lines, marks,
-                           why=chart.why if not i else "", x_name=ALONG[chart.along])
+            title = f"{chart.title}: {label}" if len(pairs) > 1 else chart.title
+            drawn = figure(title, chart.unit, lines, marks, why=chart.why if not i else "",
+                           x_name=ALONG[chart.along])
             titles |= {chart.title} if drawn else set()
             made.append(drawn)
     rest = ", ".join(run.name for run in runs[OVERLAID:])

@@ -1,4 +1,4 @@
-"""What run folders say: settings.json, log.jsonl and results.json of a stage, meta.json and report.json of data.
+"""What run folders say: settings.json, log.jsonl, results.json of a stage, meta.json and report.json of data.
 
     run = read(Path("runs/base"))
     run.kind, run.series["grad_norm"], run.problems        # "pretraining", [(1, 1.49), …], []
@@ -20,7 +20,8 @@ from pathlib import Path
 # which setting only this kind of run has, and what stands in its log: for logs whose settings are lost
 KINDS = {"reinforcement": ("algorithm", "reward"), "distillation": ("kd_weight", "kd_nats_per_token"),
          "preferences": ("label_smoothing", "chosen_logp_nats_per_token"),
-         "reward model": ("margin_from", "margin"), "fine-tuning": ("loss_on_prompts", "plain_val_bits_per_byte"),
+         "reward model": ("margin_from", "margin"),
+         "fine-tuning": ("loss_on_prompts", "plain_val_bits_per_byte"),
          "pretraining": ("objective", "loss_nats_per_token")}
 ORDER = ("data", "pretraining", "fine-tuning", "pairs", "preferences", "reward model", "reinforcement",
          "distillation", "unknown")
@@ -75,7 +76,7 @@ class Run:
 
 
 def number(value) -> float | None:
-    """A finite number that can be drawn, or None. (JSON as Python reads it has NaN and whole numbers of any size.)"""
+    """A number that can be drawn, or None. (In Python's JSON there is NaN, and numbers of any length.)"""
     fits = type(value) in (int, float) and -1e30 < value < 1e30  # not isfinite(): it fails on 10 ** 400
     return float(value) if fits else None
 
@@ -90,7 +91,7 @@ def part(content, *keys):
 def find(folder: Path) -> list[Path]:
     """The run folders below a folder, down to three levels: those where a stage has left one of its files."""
     found = {}
-    for place, folders, files in os.walk(folder, followlinks=True):  # a link to itself: three levels, then once
+    for place, folders, files in os.walk(folder, followlinks=True):  # (a link to itself is seen once)
         inside = Path(place).relative_to(folder).parts
         folders[:] = [] if len(inside) >= 3 else sorted(set(folders) - {"state", "adapter"})
         if inside and {"log.jsonl", "settings.json", "meta.json", "made.json"} & set(files):
@@ -167,8 +168,8 @@ def read_log(run: Run):
             if value is not None and key != "step":
                 run.series.setdefault(key, []).append((step, value))
     if bad:
-        run.problems.append(f"log.jsonl has {bad:,} {'lines' if bad > 1 else 'line'} that cannot be read: cut by "
-                            f"a kill, or damaged")
+        run.problems.append(f"log.jsonl has {bad:,} {'lines' if bad > 1 else 'line'} that cannot be read: "
+                            f"cut by a kill, or damaged")
     if not lines:
         run.problems.append("log.jsonl is empty: the run has not made a step")
     steps = sorted(lines)
@@ -188,7 +189,7 @@ def read_samples(run: Run):
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
-    """Stages in the order of the lesson; what does not begin with a pretrained model of these comes behind."""
+    """Stages in the order of the lesson; those that do not begin with a pretrained model of these behind."""
     by_name = {Path(run.name).name: run for run in runs}
 
     def apart(run: Run) -> bool:
@@ -200,7 +201,8 @@ def in_order(runs: Sequence[Run]) -> list[Run]:
                 return any(other.kind == "pretraining" for other in runs)
             run = parent
         return False
-    return sorted(runs, key=lambda run: (run.kind == "distillation", apart(run), ORDER.index(run.kind), run.name))
+    return sorted(runs, key=lambda run: (run.kind == "distillation", apart(run), ORDER.index(run.kind),
+                                         run.name))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,7 +271,7 @@ def measured(run: Run) -> list[tuple[str, float | None, float, str]]:
 
 
 def chief_key(run: Run) -> str | None:
-    """The key of the log that is to fall, or of rewards to rise; a distillation's bits are of its own loss."""
+    """The key of the log that shall fall, or rise if a reward; a distillation's bits are of its own loss."""
     keys = {"distillation": (), "reinforcement": ("reward",)}.get(run.kind, ("bits_per_byte",))
     return next((key for key in run.series if key in keys), None) or next(
         (key for key in run.series if key.startswith("loss")), None)
@@ -281,7 +283,8 @@ def in_words(key: str) -> str:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list]:
-    """{setting: its value in each run} of those that are not the same in all; `out` always differs."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
+    """{setting: its value in each run} of those that all have, and not all the same; `out` always differs."""
+    known = [run.settings for run in runs if run.settings]
+    names = [name for name in (known[0] if known else ()) if all(name in some for some in known)]
     found = {name: [run.settings.get(name, "–") for run in runs] for name in names if name != "out"}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}

@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing else: no script, no font, no network; light or dark as the reader's screen is.
+"""Pages of HTML that need nothing else, no script, font or network; light or dark as the reader's screen is.
 
     document("A title", table("what stands in it", ["step", "loss"], [[1, 2.5], [2, 2.25]]))
 
@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
-# Colours that stand for themselves; every text reaches 4.5 : 1 on its ground, every line and bar 3 : 1 (WCAG AA)
+# Every text has a contrast of 4.5 : 1 to its ground at least, every bar one of 3 : 1 (WCAG 2.1, level AA)
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfb; --soft: #62625f; --line: #d9d9d4;
         --bar: #4a7db5; --lost: #c8553d; --link: #0b5394; --card: #f4f4ef; --warn: #8a4b00; }
@@ -27,7 +27,8 @@ p, ul.plain { max-width: 46rem; margin: .4rem 0; } a { color: var(--link); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 .soft { color: var(--soft); } .warn { color: var(--warn); }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; overflow-wrap: normal; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem;
+        overflow-wrap: normal; }
 caption { text-align: left; color: var(--soft); padding: 0 0 .3rem; }
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top;
          border-bottom: 1px solid var(--line); }
@@ -36,8 +37,8 @@ thead th { vertical-align: bottom; font-weight: 600; } tbody th { font-weight: 6
 .bar { display: flex; height: .8em; min-width: 7rem; margin-top: .35em; }
 .bar i { background: var(--bar); } .bar b { background: var(--lost); min-width: 1px; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); margin: .2rem 0 .8rem;
-      padding-left: .8rem; font: 13px/1.5 ui-monospace, monospace; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line);
+      margin: .2rem 0 .8rem; padding-left: .8rem; font: 13px/1.5 ui-monospace, monospace; }
 @media print { body { font-size: 11pt; max-width: none; padding: 0; } .scroll { overflow: visible; }
   h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
@@ -69,7 +70,8 @@ def document(title: str, body: str, style: str = "", before: str = "") -> str:
 
 
 def table(caption: str, heads: Sequence, rows: Iterable[Sequence], wide: bool = False) -> Raw:
-    """A table whose first column names the rows; figures stand to the right. It scrolls by itself, by keys too.
+    """A table whose first column names the rows; figures stand to the right. It scrolls by itself,
+    by keys too.
 
     wide: it takes the whole width, as where bars stand in it.
     """

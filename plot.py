@@ -24,46 +24,44 @@ def line_chart(title: str, x_name: str, y_name: str, lines: Mapping[str, Points]
                levels: Mapping[str, float] | None = None, about: str | None = None) -> str:
     """The SVG of some lines, {name: its points}, over axes that hold them; infinite points are left out.
 
-    faint: {name of a line: what it is the mean of}, drawn thin behind it. marks: {name: points} as rings.
-    Of the colour of the
-    line of that name, if there is one. levels: {name: y}, from side to side. about: what is seen, for those who do not see it; the SVG is then
-    part of a page, which has STYLE in it once and names the lines by `legend` beside the chart.
+    faint: {name of a line: what it is the mean of}, drawn thin behind it. marks: {name: points} as rings, of
+    the colour of the line of that name, if there is one. levels: {name: y}, from side to side. about: what is
+    seen, for those who do not see it; the SVG is then part of a page, which has STYLE in it once and names
+    the lines by `legend` beside the chart.
     """
     lines, faint, marks = ({name: [point for point in points if all(map(math.isfinite, point))]
                             for name, points in (some or {}).items()} for some in (lines, faint, marks))
     levels = {name: y for name, y in (levels or {}).items() if math.isfinite(y)}
-    width = WIDTH if about is None else WIDTH - RIGHT + 16
-    xs, ys = zip(*([point for some in (lines, faint, marks) for points in some.values() for point in points]
-                   or [(0, 0)]))
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(*ys, *levels.values(), ys[0]),
-                                                      max(*ys, *levels.values(), ys[0]))
+    everything = [point for some in (lines, faint, marks) for points in some.values() for point in points]
+    xs, ys = zip(*(everything or [(0, 0)]))
+    x_ticks, y_ticks = (ticks(min(values), max(values)) for values in (xs, [*ys, *levels.values()]))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-    parts = [*opening(title, width, about), text(LEFT, TOP - 8, y_name),
-             text(WIDTH - RIGHT, HEIGHT - 8, x_name, 'text-anchor="end"')]
-    parts += axes(x_ticks, y_ticks, place)
-    for number, (name, y) in enumerate(levels.items()):
-        at = place(0, y)[1]
-        parts += [f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>',
-                  text(WIDTH - RIGHT - 4 - 150 * number, at - 5, name, 'text-anchor="end"')]  # side by side
-    for number, name in enumerate(lines):
-        for points, kind in ((faint.get(name, []), " faint"), (lines[name], "")):
-            path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
-            parts += [f'<polyline {stroke(number, kind)} points="{path}"/>'] * (bool(points) or not kind)
+    parts = [*opening(title, about), text(LEFT, TOP - 8, y_name),
+             text(WIDTH - RIGHT, HEIGHT - 8, x_name, 'text-anchor="end"'), *axes(x_ticks, y_ticks, place)]
+    for at in (place(0, y)[1] for y in levels.values()):
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+    for number, (name, points) in enumerate(lines.items()):
+        if faint.get(name):
+            parts.append(polyline(number, faint[name], place, " faint"))
+        parts.append(polyline(number, points, place))
         if about is None:
             y = TOP + 8 + 22 * number
             parts += [f'<line {stroke(number)} x1="{WIDTH - RIGHT + 12}" x2="{WIDTH - RIGHT + 40}" y1="{y}" '
                       f'y2="{y}"/>', text(WIDTH - RIGHT + 46, y + 4, name)]
     number_of = numbers(lines, marks)
     parts += [ring(number_of[name], *place(*point)) for name, points in marks.items() for point in points]
+    parts += [text(WIDTH - RIGHT - 4 - 150 * number, place(0, y)[1] - 5, name, 'text-anchor="end"')
+              for number, (name, y) in enumerate(levels.items())]  # side by side, and on top
     return "\n".join([*parts, "</svg>", ""])
 
 
-def opening(title: str, width: int, about: str | None) -> list[str]:
+def opening(title: str, about: str | None) -> list[str]:
     """How the SVG begins: its size, its name, and either its style and title or, in a page, what is seen."""
+    width = WIDTH if about is None else WIDTH - RIGHT + 16  # a page names the lines beside the chart
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" role="img" '
     if about is not None:
         return [f'{head}class="chart"><title>{html.escape(title)}</title><desc>{html.escape(about)}</desc>']
@@ -72,15 +70,20 @@ def opening(title: str, width: int, about: str | None) -> list[str]:
 
 
 def axes(x_ticks: list[float], y_ticks: list[float], place) -> list[str]:
-    """The figures along both axes and the lines across; every second figure can be hidden on small screens."""
-    parts = [text(place(x, 0)[0], HEIGHT - BOTTOM + 18, f"{x:g}", 'text-anchor="middle"' + ' class="odd"' * (i % 2))
+    """The figures along both axes and the lines across. Every second figure has a class: it may be hidden."""
+    odd = ("", ' class="odd"')
+    parts = [text(place(x, 0)[0], HEIGHT - BOTTOM + 18, f"{x:g}", 'text-anchor="middle"' + odd[i % 2])
              for i, x in enumerate(x_ticks)]
     for i, y in enumerate(y_ticks):
         at = place(0, y)[1]
         parts += [f'<line class="{"grid" if y else "zero"}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" '
-                  f'y2="{at:.1f}"/>', text(LEFT - 8, at + 4, f"{y:g}",
-                                           'text-anchor="end"' + ' class="odd"' * (i % 2))]
+                  f'y2="{at:.1f}"/>', text(LEFT - 8, at + 4, f"{y:g}", 'text-anchor="end"' + odd[i % 2])]
     return parts
+
+
+def polyline(number: int, points: Points, place, more: str = "") -> str:
+    path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
+    return f'<polyline {stroke(number, more)} points="{path}"/>'
 
 
 def stroke(number: int, more: str = "") -> str:
@@ -92,8 +95,8 @@ def stroke(number: int, more: str = "") -> str:
 
 
 def ring(number: int, x: float, y: float) -> str:
-    colour = LINES[number % len(LINES)][0]
-    return f'<circle class="mark c{number % len(LINES)}" stroke="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
+    kind = number % len(LINES)
+    return f'<circle class="mark c{kind}" stroke="{LINES[kind][0]}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
 
 
 def numbers(lines: Mapping[str, Points], marks: Mapping[str, Points]) -> dict[str, int]:
@@ -102,7 +105,7 @@ def numbers(lines: Mapping[str, Points], marks: Mapping[str, Points]) -> dict[st
 
 
 def legend(lines: Mapping[str, Points], marks: Mapping[str, Points]) -> str:
-    """The names of lines and rings, as a list of HTML to stand beside a chart; not of those without points."""
+    """The names of lines and rings, a list of HTML to stand beside a chart; not of those without points."""
     items = ""
     for name, number in numbers(lines, marks).items():
         drawn = f'<line {stroke(number)} x1="0" x2="34" y1="6" y2="6"/>' if lines.get(name) else \

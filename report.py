@@ -1,11 +1,11 @@
 """One page about all runs: what each stage did, its curves, what is normal, and texts side by side.
 
-    python report.py                                    # all folders below runs -> runs/report.html
-    python report.py runs/base runs/seed1 runs/seed2    # these, over each other, and in which settings they differ
-    python report.py --terminal                         # the curves of the losses, here, with block characters
+    python report.py                                # all folders below runs -> runs/report.html
+    python report.py runs/base runs/a runs/b        # these over each other, and in which settings they differ
+    python report.py --terminal                     # the curves of the losses, here, with block characters
 
-The page needs nothing else: no script, no network. It is made anew each time, whatever stood there. Files that
-are missing, cut or damaged are named on it; a run that is under way is shown as far as it is.
+The page needs nothing else: no script, no network. It is made anew each time, whatever stood there. Files
+that are missing, cut or damaged are named on it; a run that is under way is shown as far as it is.
 """
 import shutil
 import sys
@@ -29,24 +29,30 @@ svg { background: none; max-width: 100%; } .chart { width: 100%; height: auto; d
 svg { fill: var(--ink); } figure { margin: 0; } figure h4 { margin: 0; font-size: 1rem; }
 figcaption p { margin: 0 0 .4rem; font-size: .88rem; color: var(--soft); }
 figcaption { margin-top: .4rem; } .drawn { min-width: 0; }
-@media (min-width: 64rem) { .charts .lead:first-child:nth-last-child(odd) { grid-column: 1 / -1; display: grid;
-  grid-template-columns: 3fr 2fr; column-gap: 2.5rem; } .lead:first-child:nth-last-child(odd) h4 { grid-column: 1 / -1; } }
+@media (min-width: 64rem) {
+  .charts .lead:first-child:nth-last-child(odd) { grid-column: 1 / -1; display: grid;
+    grid-template-columns: 3fr 2fr; column-gap: 2.5rem; }
+  .lead:first-child:nth-last-child(odd) h4 { grid-column: 1 / -1; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
           gap: 2.2rem 2.5rem; margin: 1.4rem 0; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: .2rem 0 0; padding: 0;
           font-size: .85rem; }
-nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; padding: 0; margin: 0 0 1.6rem; }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; padding: 0;
+         margin: 0 0 1.6rem; }
 .skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; top: .5rem; background: var(--paper);
         padding: .4rem .8rem; z-index: 1; }
-.sample { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .2rem 1.6rem;
-          background: var(--card); padding: .8rem 1rem .3rem; margin: 0 0 1rem; border-radius: 6px; }
+.sample { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr));
+          gap: .2rem 1.6rem; background: var(--card); padding: .8rem 1rem .3rem;
+          margin: 0 0 1rem; border-radius: 6px; }
 .sample .prompt { grid-column: 1 / -1; } .sample dt { font-size: .8rem; color: var(--soft); }
 .sample dd { margin: 0; } .sample pre { max-height: 18rem; overflow: auto; }
 @media (max-width: 40rem) { .scroll table { width: max-content; max-width: 56rem; }
-  .wide { min-width: 36rem; } .chart text { font-size: 21px; } .chart .odd { display: none; } }
+  .wide { min-width: 36rem; } .scroll :is(td, th) { white-space: nowrap; }
+  .chart text { font-size: 21px; } .chart .odd { display: none; } }
 """
 CHIEF = {"pretraining": "bits per byte, held out", "preferences": "margin of the rewards",
-         "reward model": "accuracy", "reinforcement": "sampled: reward", "distillation": "held out, bits per byte"}
+         "reward model": "accuracy", "reinforcement": "sampled: reward",
+         "distillation": "held out, bits per byte"}  # the one of a kind's figures that the story tells
 OWN_SECTIONS = 4  # more runs of a kind than this are laid over each other
 SAMPLES, SAMPLE_LENGTH = 8, 1500  # of a run; characters of a text
 
@@ -159,7 +165,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
     costs_ = [("steps", [shown(run.steps) for run in runs]), ("tokens", [shown(run.tokens) for run in runs]),
               ("time in steps", [duration(run.seconds) for run in runs]),
               ("peak memory", [memory(run) for run in runs]),
-              ("last loss in training, mean of a 60th of the steps", [shown(chief_loss(run)) for run in runs])]
+              ("in training, mean of the last 60th of the steps", [shown(training(run)) for run in runs])]
     rows = [(name, *values) for name, values in costs_]
     rows += [(name, *(shown(known[run.name].get(name)) for run in runs)) for name in names]
     heads = ("figure", *(run.name for run in runs))
@@ -169,7 +175,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
     return table("Last figures", heads, rows) + told
 
 
-def chief_loss(run: Run) -> float | None:
+def training(run: Run) -> float | None:
     key = chief_key(run)
     return smooth(run.series[key], 60)[-1][1] if key else None
 
@@ -189,13 +195,14 @@ def of_data(run: Run) -> str:
     for split in ("train", "val"):
         documents, size, tokens = (number(part(run.meta, split, key)) for key in
                                    ("documents", "text_bytes", "tokens"))
-        rows.append((split, *map(shown, (documents, size, tokens, size / tokens if size and tokens else None))))
+        bytes_a_token = size / tokens if size and tokens else None
+        rows.append((split, *map(shown, (documents, size, tokens, bytes_a_token))))
     text = table("Tokens", ("split", "documents", "bytes of text", "tokens", "bytes a token"), rows)
     needed = " and ".join(f"{name} {value:.3f}" for name in ("xz", "gzip")
                           if (value := number(part(run.meta, "compressors", name))))
     if needed:
-        text += (f"<p>Programs that compress need, of bits per byte of the held-out text: {escape(needed)}. A "
-                 f"model that needs fewer has found more in the text than they do.</p>\n")
+        text += (f"<p>Programs that compress need, of bits per byte of the held-out text: {escape(needed)}. "
+                 f"A model that needs fewer has found more in the text than they do.</p>\n")
     try:
         return text + (funnel.body(run.funnel) if run.funnel else "")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
@@ -214,8 +221,9 @@ def of_rewards(run: Run) -> str:
     lines = {side: [(x, y) for x, y in zip(edges, counts) if None not in (number(x), number(y))]
              for side in ("chosen", "rejected") if isinstance(edges, list) and isinstance(
                  counts := part(run.results, "histogram", side), list)}
-    drawn = figure("Rewards of held-out answers", "answers", lines, x_name="reward", why="Where the rewards lie: "
-                   "two hills apart are a judge that sees a difference, one on the other one that guesses.")
+    drawn = figure("Rewards of held-out answers", "answers", lines, x_name="reward",
+                   why="Where the rewards lie: two hills apart are a judge that sees a difference, one on "
+                       "the other one that guesses.")
     return text + (f'<div class="charts">{drawn}</div>\n' if drawn else "")
 
 
@@ -241,21 +249,22 @@ def page(runs: Sequence[Run], compared: bool) -> str:
     """The report on all runs, or with `compared` on what sets these apart."""
     kinds = [kind for kind in ORDER if any(run.kind == kind for run in runs)]
     title = "Runs compared" if compared else "The life of a language model, run by run"
-    parts = [f"<h1>{title}</h1>\n<p>Each run is a folder that a stage has written. Curves are means of stretches, "
-             f"with the single steps thin behind them; rings are measured on held-out data.</p>\n"]
+    parts = [f"<h1>{title}</h1>\n<p>Each run is a folder that a stage has written. Curves are means of "
+             f"stretches, with the single steps thin behind them; rings are measured on held-out data.</p>\n"]
     if compared:
         sections = {"Side by side": side_by_side(runs), "Curves": overlays(runs),
                     "Run by run": "".join(f"<h3>{escape(run.name)}</h3>\n{state(run)}{samples(run)}"
                                           for run in runs)}
     else:
-        sections = {"The story": story(runs)} | {kind: section(kind, [run for run in runs if run.kind == kind])
-                                                 for kind in kinds}
+        sections = {"The story": story(runs)}
+        sections |= {kind: section(kind, [run for run in runs if run.kind == kind]) for kind in kinds}
     sections["Time and memory"] = costs(runs)
     for name, body in sections.items():
         parts.append(body if body.startswith("<section") else
                      f'<section id="{anchor(name)}">\n<h2>{name}</h2>\n{body}</section>\n')
-    links = "".join(f'<li><a href="#{anchor(name)}">{escape(name.capitalize())}</a></li>' for name in sections)
-    before = (f'<a class="skip" href="#main">To the report</a>\n<nav aria-label="sections"><ul>{links}</ul></nav>\n')
+    links = "".join(f'<li><a href="#{anchor(name)}">{name.capitalize()}</a></li>' for name in sections)
+    before = (f'<a class="skip" href="#main">To the report</a>\n<nav aria-label="sections"><ul>{links}</ul>'
+              f"</nav>\n")
     return document(title, "".join(parts), STYLE, before)
 
 
@@ -302,14 +311,15 @@ def chosen(settings: Settings) -> list[Run]:
             raise UserError(f"{name!r}: no such folder; name run folders, such as runs/base, or none for all "
                             f"below --runs")
     if settings.compare:
-        unlike = {Path(name).resolve(): name for name in settings.compare}.values()
-        return [read(Path(name), printable(name)) for name in unlike]
+        folders = {Path(name).resolve(): name for name in settings.compare}
+        short = len({folder.name for folder in folders}) == len(folders)  # "base", where that says enough
+        return [read(folder, printable(folder.name if short else name)) for folder, name in folders.items()]
     top = Path(settings.runs)
     runs = in_order([run for folder in find(top) for run in [
         read(folder, printable(folder.relative_to(top)))] if run.kind != "unknown" or run.series])
     if not runs:
-        raise UserError(f"{settings.runs}: no run folder in it; train.py makes the first, in runs/base, and --runs "
-                        f"names another place")
+        raise UserError(f"{settings.runs}: no run folder in it; train.py makes the first, in runs/base, and "
+                        f"--runs names another place")
     return runs
 
 

@@ -113,7 +113,7 @@ def levels(run: Run) -> dict[str, float]:
 
 
 def overlays(runs: Sequence[Run]) -> str:
-    """The same curves of several runs over each other."""
+    """The same curves of several runs over each other, each of those runs whose kind has it."""
     made, seen, titles = [], set(), set()
     charts = [chart for run in runs for chart in CHARTS.get(run.kind, [])]
     known = sorted({key for run in runs for key in run.series})
@@ -126,8 +126,8 @@ def overlays(runs: Sequence[Run]) -> str:
             if (key, mark, chart.along) in seen:
                 continue
             seen.add((key, mark, chart.along))
-            lines, marks = ({run.name: points_of(run, it, chart.along) for run in runs[:OVERLAID]}
-                            for it in (key, mark))
+            lines, marks = ({run.name: points_of(run, it, chart.along) if chart in CHARTS.get(run.kind, []) else []
+                             for run in runs[:OVERLAID]} for it in (key, mark))
             title = f"{chart.title}: {label}" if len(pairs) > 1 else chart.title
             drawn = figure(title, chart.unit, lines, marks, why=chart.why if not i else "",
                            x_name=ALONG[chart.along])
@@ -135,4 +135,4 @@ def overlays(runs: Sequence[Run]) -> str:
             made.append(drawn)
     rest = ", ".join(run.name for run in runs[OVERLAID:])
     note = f'<p class="soft">Not drawn, as {OVERLAID} lines are enough: {escape(rest)}</p>\n' if rest else ""
-    return note + (f'<div class="charts">\n{"".join(made)}</div>\n' if any(made) else "")
+    return f'<h3>Curves</h3>\n{note}<div class="charts">\n{"".join(made)}</div>\n' if any(made) else ""

@@ -94,7 +94,8 @@ def find(folder: Path) -> list[Path]:
     for place, folders, files in os.walk(folder, followlinks=True):  # (a link to itself is seen once)
         inside = Path(place).relative_to(folder).parts
         folders[:] = [] if len(inside) >= 3 else sorted(set(folders) - {"state", "adapter"})
-        if inside and {"log.jsonl", "settings.json", "meta.json", "made.json"} & set(files):
+        own = inside and {"log.jsonl", "settings.json", "made.json"} & set(files)
+        if own or inside and isinstance(part(read_object(Path(place, "meta.json"), []), "train"), dict):
             found.setdefault(Path(place).resolve(), Path(place))
     return list(found.values())
 
@@ -130,7 +131,7 @@ def read_object(path: Path, problems: list[str]) -> dict | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        content = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
         if isinstance(content, dict):
             return content
         problems.append(f"{path.name} holds no object")
@@ -145,7 +146,7 @@ def read_log(run: Run):
     """Fill a run's series from its log, line by line; what is no line of a log is counted as a problem."""
     bad, lines = 0, {}
     try:
-        with open(run.folder / "log.jsonl", encoding="utf-8", errors="replace") as file:
+        with open(run.folder / "log.jsonl", encoding="utf-8-sig", errors="replace") as file:
             for text in file:
                 try:
                     line = json.loads(text)

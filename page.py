@@ -94,6 +94,7 @@ def is_figure(cell: str) -> bool:
 
 def bar(share: float, lost: float = 0.0) -> Raw:
     """A bar of this share of the width, 0 to 1, and behind it what is lost."""
+    share, lost = (min(max(x, 0.0), 1.0) for x in (share, lost))
     taken = f'<b style="width:{100 * lost:.2f}%"></b>' if lost else ""
     return Raw(f'<div class="bar"><i style="width:{100 * share:.2f}%"></i>{taken}</div>')
 

@@ -70,9 +70,9 @@ def chief(run: Run) -> tuple[str, float | None, float | None]:
         return "train pairs", None, number(run.results.get("train pairs"))
     if what is None:  # nothing held out yet
         return ("–", None, None) if key is None else (
-            f"{in_words(key)}, training", run.series[key][0][1], smooth(run.series[key], 60)[-1][1])
+            f"{in_words(key)}, training", run.series[key][0][1], smooth(run.series[key])[-1][1])
     if run.kind == "pretraining" and what[1] is None and "bits_per_byte" in run.series:
-        return f"{what[0]} (before: of step 1)", run.series["bits_per_byte"][0][1], what[2]
+        return f"{what[0]} (before: of the first step)", run.series["bits_per_byte"][0][1], what[2]
     return what
 
 
@@ -140,7 +140,7 @@ def state(run: Run) -> str:
     words = list(map(printable, run.problems))
     if run.wanted and run.steps < run.wanted and run.series:
         words.insert(0, f"Step {run.steps:,} of {run.wanted:,}: under way, or stopped before its end.")
-    if run.kind in CHIEF and run.kind != "pretraining" and not run.results:
+    if run.kind in CHIEF and run.kind != "pretraining" and not (run.folder / "results.json").exists():
         words.append("results.json is missing: it is written at the end, with the figures before and after")
     if missing := lacking(run):
         words.append(f"log.jsonl has no figures for: {', '.join(missing)}")
@@ -165,7 +165,9 @@ def side_by_side(runs: Sequence[Run]) -> str:
     costs_ = [("steps", [shown(run.steps) for run in runs]), ("tokens", [shown(run.tokens) for run in runs]),
               ("time in steps", [duration(run.seconds) for run in runs]),
               ("peak memory", [memory(run) for run in runs]),
-              ("in training, mean of the last 60th of the steps", [shown(training(run)) for run in runs])]
+              *((f"{in_words(key)}, training, last 60th", [
+                  shown(smooth(run.series[key])[-1][1]) if chief_key(run) == key else "–" for run in runs])
+                for key in dict.fromkeys(map(chief_key, runs)) if key)]
     rows = [(name, *values) for name, values in costs_]
     rows += [(name, *(shown(known[run.name].get(name)) for run in runs)) for name in names]
     heads = ("figure", *(run.name for run in runs))
@@ -175,13 +177,8 @@ def side_by_side(runs: Sequence[Run]) -> str:
     return table("Last figures", heads, rows) + told
 
 
-def training(run: Run) -> float | None:
-    key = chief_key(run)
-    return smooth(run.series[key], 60)[-1][1] if key else None
-
-
 def setting(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else config.as_text(value)
+    return cut(" ".join(map(str, value)) if isinstance(value, list) else config.as_text(value), 200)
 
 
 def of_data(run: Run) -> str:
@@ -237,8 +234,8 @@ def samples(run: Run) -> str:
     return f"<h4>Samples</h4>\n{''.join(made)}" if made else ""
 
 
-def cut(text: str) -> str:
-    return text if len(text) <= SAMPLE_LENGTH else text[:SAMPLE_LENGTH] + " …"
+def cut(text: str, most: int = SAMPLE_LENGTH) -> str:
+    return text if len(text) <= most else text[:most] + " …"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -252,9 +249,8 @@ def page(runs: Sequence[Run], compared: bool) -> str:
     parts = [f"<h1>{title}</h1>\n<p>Each run is a folder that a stage has written. Curves are means of "
              f"stretches, with the single steps thin behind them; rings are measured on held-out data.</p>\n"]
     if compared:
-        sections = {"Side by side": side_by_side(runs), "Curves": overlays(runs),
-                    "Run by run": "".join(f"<h3>{escape(run.name)}</h3>\n{state(run)}{samples(run)}"
-                                          for run in runs)}
+        sections = {"Side by side": side_by_side(runs) + overlays(runs), "Run by run": "".join(
+            f"<h3>{escape(run.name)}</h3>\n{state(run)}{samples(run)}" for run in runs)}
     else:
         sections = {"The story": story(runs)}
         sections |= {kind: section(kind, [run for run in runs if run.kind == kind]) for kind in kinds}
@@ -315,8 +311,7 @@ def chosen(settings: Settings) -> list[Run]:
         short = len({folder.name for folder in folders}) == len(folders)  # "base", where that says enough
         return [read(folder, printable(folder.name if short else name)) for folder, name in folders.items()]
     top = Path(settings.runs)
-    runs = in_order([run for folder in find(top) for run in [
-        read(folder, printable(folder.relative_to(top)))] if run.kind != "unknown" or run.series])
+    runs = in_order([read(folder, printable(folder.relative_to(top))) for folder in find(top)])
     if not runs:
         raise UserError(f"{settings.runs}: no run folder in it; train.py makes the first, in runs/base, and "
                         f"--runs names another place")

@@ -5,13 +5,13 @@
 data.py writes it three times: as a table on the screen, as report.json, and as report.html, a page that needs
 nothing else (no script, no font, no network) and follows the reader's choice of light or dark.
 """
-import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
 from config import UserError
+from page import Raw, bar, details, document, escape, table as html_table
 
 
 def make(tally, settings: dict) -> dict:
@@ -48,71 +48,43 @@ def table(report: dict) -> str:
     return "\n".join(row.rstrip() for row in rows)
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfb; --soft: #6b6b6b; --line: #d9d9d4;
-        --bar: #4a7db5; --lost: #c8553d; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e0; --paper: #17181a; --soft: #9a9a96; --line: #3a3b3e; --bar: #6c9fd6;
-          --lost: #e07a5f; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62em;
-       margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .6em; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, td:last-child { text-align: left; }
-td:last-child { width: 30%; }
-.bar { display: flex; height: .8em; }
-.bar i { background: var(--bar); } .bar b { background: var(--lost); min-width: 1px; }
-details { margin: .4em 0; } summary { cursor: pointer; } .soft { color: var(--soft); }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); margin: .2em 0 .8em;
-      padding-left: .8em; font-size: 13px; }
-"""
-
-
 def page(report: dict) -> str:
     """The report as one page of HTML."""
     title = "What is left of the text, and what went where"
+    return document(title, f"<h1>{title}</h1>\n{body(report)}")
+
+
+def body(report: dict) -> Raw:
+    """What the page holds: the table, each step's reasons and examples, the settings."""
     rows, left, read = [], report["read"][1], report["read"][1] or 1
-    rows.append(row("read", *report["read"], "", "", bar(left / read, 0)))
+    rows.append(row("read", *report["read"], "", "", bar(left / read)))
     for step in report["steps"]:
         left -= step["bytes"]
         drawn = bar(left / read, max(0, step["bytes"]) / read)
         rows.append(row(step["name"], step["documents"], step["bytes"], step["changed"],
                         f"{step['seconds']:.2f}", drawn))
-    rows.append(row("kept", *report["kept"], "", "", bar(report["kept"][1] / read, 0)))
-    heads = "".join(f"<th>{head}" for head in (
-        "step", "documents dropped", "bytes taken", "documents changed", "seconds",
-        "of all bytes: left, and taken here"))
-    sections = "\n".join(map(section, filter(lambda step: step["reasons"], report["steps"])))
-    settings = html.escape(json.dumps(report["settings"], ensure_ascii=False, indent=1))
-    return (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n'
-            f"<style>{STYLE}</style>\n"
-            f"<h1>{title}</h1>\n<table>\n<tr>{heads}\n{''.join(rows)}</table>\n{sections}\n"
-            f"<details><summary>settings</summary><pre>{settings}</pre></details>\n</html>\n")
+    rows.append(row("kept", *report["kept"], "", "", bar(report["kept"][1] / read)))
+    heads = ("step", "documents dropped", "bytes taken", "documents changed", "seconds",
+             "of all bytes: left, and taken here")
+    drawn = html_table("From what was read to what was kept, step by step", heads, rows, wide=True)
+    sections = "".join(map(section, filter(lambda step: step["reasons"], report["steps"])))
+    settings = escape(json.dumps(report["settings"], ensure_ascii=False, indent=1))
+    return Raw(drawn + sections + details("settings", Raw(f"<pre>{settings}</pre>")))
 
 
-def row(name, documents, size, changed, seconds, drawn) -> str:
-    cells = (html.escape(name), f"{documents:,}", f"{size:,}", f"{changed:,}" if changed else "", seconds,
-             drawn)
-    return "<tr>" + "".join(f"<td>{cell}" for cell in cells) + "\n"
-
-
-def bar(left: float, taken: float) -> str:
-    lost = f'<b style="width:{100 * taken:.2f}%"></b>' if taken else ""
-    return f'<div class="bar"><i style="width:{100 * left:.2f}%"></i>{lost}</div>'
+def row(name, documents, size, changed, seconds, drawn) -> tuple:
+    return name, f"{documents:,}", f"{size:,}", f"{changed:,}" if changed else "", seconds, drawn
 
 
 def section(step: dict) -> str:
     """A step's reasons by how frequent they are, and its examples: what the reader unfolds."""
-    reasons = ", ".join(f"{html.escape(reason)} {number:,}" for reason, number in
+    reasons = ", ".join(f"{escape(reason)} {number:,}" for reason, number in
                         sorted(step["reasons"].items(), key=lambda item: (-item[1], item[0])))
     examples = ""
     for example in step["examples"]:
-        source, why, text = (html.escape(example[key]) for key in ("source", "why", "text"))
+        source, why, text = (escape(example[key]) for key in ("source", "why", "text"))
         examples += f'<div><b>{source}</b> <span class="soft">{why}</span><pre>{text}</pre></div>'
-    name = html.escape(step["name"])
-    return (f'<details><summary><b>{name}</b> <span class="soft">{reasons}</span></summary>{examples}'
-            f"</details>")
+    return details(Raw(f'<b>{escape(step["name"])}</b> <span class="soft">{reasons}</span>'), Raw(examples))
 
 
 def write(folder: Path, report: dict) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from config import run
+from plot import blocks
 
 # ------------------------------------------------------------------------------------------------------------
 # Muon
@@ -402,11 +403,7 @@ def windows_in_ramp(start: int, whole: int, over_windows: float, steps: int) -> 
 def picture(settings, columns: int = 60, rows: int = 5) -> str:
     """The rate from the first step to the last, from 0 to its peak, drawn with block characters."""
     rates = [learning_rate(i * settings.steps // columns, settings) / settings.lr for i in range(columns)]
-    lines = []
-    for row in reversed(range(rows)):
-        eighths = (round(8 * (rate * rows - row)) for rate in rates)
-        lines.append("".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, n))] for n in eighths).rstrip())
-    return "\n".join(lines)
+    return "\n".join(blocks(rates, rows))
 
 
 def main():

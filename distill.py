@@ -34,7 +34,7 @@ from attention import Mask
 from batches import IGNORE, Batches, Wrapped
 from bpe import Tokenizer
 from chat import TEMPLATES
-from config import UserError, open_whole, parse, require, run, show
+from config import UserError, parse, require, run, show
 from divergence import Divergence, Kind, TopK, kd_loss, linear_kd_loss  # noqa: F401: kd_loss for others
 from dpo import check_length, frozen
 from dpo import divergence as kl_from

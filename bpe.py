@@ -714,17 +714,20 @@ def in_processes(function, context, batches, workers) -> Iterator:
     if len(first) < 2 or workers == 1:
         yield from (function(context, batch) for batch in batches)
         return
-    try:
-        with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(function, context)) as pool:
-            waiting = deque()
+    workers = min(workers, 61) if sys.platform == "win32" else workers  # Windows waits for no more at once
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(function, context)) as pool:
+        waiting = deque()
+        try:
             for batch in batches:
                 waiting.append(pool.submit(run_in_worker, batch))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(f"one of {workers} workers was killed; if memory ran out, use fewer") from None
+        except BrokenProcessPool:
+            if sys.version_info < (3, 11):  # where it waits for ever to have a batch read (cpython#94777)
+                pool._call_queue._reader.close()
+            raise UserError(f"one of {workers} workers was killed; if memory ran out, use fewer") from None
 
 
 def start_worker(function, context):

@@ -612,9 +612,10 @@ def prefer(settings: Settings, env: Env) -> None:
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)
 
 
-def check_length(settings, model: Transformer, name: str):
-    """Raise UserError where the model, which `name` stands for, reads less than a window."""
-    if settings.seq_len > model.config.max_seq_len:
+def check_length(settings, model, name: str, tokens: int | None = None):
+    """Raise UserError where the model, which `name` stands for, reads less than a window, or so many tokens.
+    """
+    if (tokens or settings.seq_len) > model.config.max_seq_len:
         raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
                         f"{name}; pass a shorter --seq_len")
 

@@ -635,15 +635,15 @@ def improve(settings: Settings, env: Env):
     check_divisible(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
     check_tokenizer(tokenizer, settings.init_from, settings.template)
-    check_length(settings, model, settings.init_from)
+    dpo.check_length(settings, model, settings.init_from)
     prompts, asked = (Prompts(settings, split, model, tokenizer, env) for split in ("train", "val"))
     if settings.questions and len(asked.ids) < env.data_world_size:
         raise UserError(f"{len(asked.ids)} held-out prompts are fewer than the {env.data_world_size} "
                         f"processes; pass --questions 0, or start fewer")
     judge, rewards = rewards_of(settings, tokenizer, env)
     if judge is not None:  # it reads the last token, too
-        check_length(settings, judge, f"the reward model {settings.reward_model}",
-                     min(settings.seq_len + 1, model.config.max_seq_len))
+        dpo.check_length(settings, judge, f"the reward model {settings.reward_model}",
+                         min(settings.seq_len + 1, model.config.max_seq_len))
     trunk = critic_trunk(model, tokenizer, judge, settings, env)
     reference = None if settings.lora_rank else dpo.frozen(copy.deepcopy(model), env)
     env.say(add_adapter(model, settings))
@@ -686,13 +686,6 @@ def check_divisible(settings: Settings, env: Env):
         raise UserError(f"--questions {settings.questions} are fewer than the {n} processes; pass more, or 0")
 
 
-def check_length(settings: Settings, model: nn.Module, what: str, tokens: int = 0):
-    """Raise UserError where a model cannot read windows, or texts of so many tokens."""
-    if (tokens or settings.seq_len) > model.config.max_seq_len:
-        raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
-                        f"{what}; pass a shorter one")
-
-
 def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[RewardModel | None, Rewards]:
     """(the reward model, if its reward is asked for; the weighted sum of all rewards)."""
     judge = None
@@ -726,7 +719,7 @@ def critic_trunk(policy: Transformer, tokenizer: Tokenizer, judge: RewardModel |
         name = settings.critic_from or settings.init_from
         trunk, own = open_model(name, env.device)
         check_same_tokenizer(own, tokenizer, f"the critic {name}", settings)
-        check_length(settings, trunk, f"the critic {name}")
+        dpo.check_length(settings, trunk, f"the critic {name}")
     env.say(f"critic: a trunk of its own, that of {name}")
     return trunk
 

@@ -40,7 +40,7 @@ import reward_model
 import sft
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
-from config import UserError, open_whole, parse, require, run, show
+from config import UserError, open_whole, parse, require, run
 from lora import Adapter, add_adapter, adapter_off, base_of, load_base, open_model
 from model import Transformer
 from optim import learning_rate, make_optimizer
@@ -52,7 +52,7 @@ from rejection import check_tokenizer, in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Rewards
 from rollouts import Rollout, drawn_now, lay_out, read_replies, reply_values, roll_out, whole_copy
-from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
+from survive import BadStep, Run, in_run_folder, save_whole, stop_signals
 from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
 from watch import Log, peak_memory, read_log, spent
 from work import fingerprint
@@ -647,11 +647,7 @@ def improve(settings: Settings, env: Env):
     trunk = critic_trunk(model, tokenizer, judge, settings, env)
     reference = None if settings.lora_rank else dpo.frozen(copy.deepcopy(model), env)
     env.say(add_adapter(model, settings))
-    with contextlib.ExitStack() as stack:
-        # last of all that can refuse: --overwrite deletes here
-        env.first(lambda: stack.enter_context(open_run_folder(settings)))
-        if env.rank == 0:
-            show(settings)
+    with in_run_folder(settings, env):  # last of all that can refuse: --overwrite deletes here
         cast = Cast(tokenizer, tokenizer.special_tokens[TEMPLATES[settings.template].end], rewards,
                     whole_copy(model.to(env.device), env), reference)
         numbers = sft.spread(range(len(asked.ids)), settings.questions)

@@ -15,7 +15,6 @@ The loop is pretraining's (train.py), and so are windows, layouts and states. Un
 
 Without a look into the teacher, from its answers alone: answers.py, then sft.py.
 """
-import contextlib
 import functools
 import math
 from collections import Counter
@@ -34,7 +33,7 @@ from attention import Mask
 from batches import IGNORE, Batches, Wrapped
 from bpe import Tokenizer
 from chat import TEMPLATES
-from config import UserError, parse, require, run, show
+from config import UserError, parse, require, run
 from divergence import Divergence, Kind, TopK, kd_loss, linear_kd_loss  # noqa: F401: kd_loss for others
 from dpo import check_length, frozen
 from dpo import divergence as kl_from
@@ -46,7 +45,7 @@ from parallel import Env, take_from_first
 from rejection import check_tokenizer, weights_of
 from rollouts import drawn_now, lay_out, whole_copy
 from students import check_smaller, describe_student, layers_student, random_student, width_student
-from survive import check_newest, open_run_folder
+from survive import check_newest, in_run_folder
 from teachers import Stored, asked, check_same_tokens, open_teacher, store
 from train import Loop, bigram_start, evaluate, guarded, identity_of, micro_batch, steps_of, train
 from watch import spent, write_results
@@ -346,11 +345,7 @@ def distil(settings: Settings, env: Env) -> None:
     env.say(add_adapter(model, settings, new))
     if settings.match == "hidden":  # last: no adapter on it, and it is learnt whatever is frozen
         add_projection(model, teacher.config.dim, settings.seed)
-    with contextlib.ExitStack() as stack:
-        # last of all that can refuse: --overwrite deletes here
-        env.first(lambda: stack.enter_context(open_run_folder(settings)))
-        if env.rank == 0:
-            show(settings)
+    with in_run_folder(settings, env):  # last of all that can refuse: --overwrite deletes here
         learn(settings, model, tokenizer, teacher, batches, val, questions, env)
 
 

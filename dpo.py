@@ -37,7 +37,7 @@ from batches import IGNORE, SPLITS, Batches
 from bpe import Tokenizer
 from chat import TEMPLATES
 from checkpoint import read_header, read_tensors, write_tensors
-from config import UserError, open_whole, parse, require, run, show
+from config import UserError, open_whole, parse, require, run
 from lora import CONFIG, Adapter, add_adapter, adapter_off, base_of, load_base, open_model
 from model import Transformer
 from objectives import token_logps
@@ -45,7 +45,7 @@ from parallel import Compute, Env, inside, parallelize
 from plot import line_chart
 from preferences import Pair, encode_pairs, read_preferences
 from rejection import Sampling, check_tokenizer, make_pairs
-from survive import alone, open_run_folder
+from survive import alone, in_run_folder
 from train import Loop, evaluate, guarded, micro_batch, steps_of, train
 from watch import read_log, spent, write_results
 from work import fingerprint
@@ -592,11 +592,7 @@ def prefer(settings: Settings, env: Env) -> None:
     asked = rejection.questions(settings)
     rejection.question_ids(asked, model, tokenizer, settings)  # one without room for an answer is told of now
     env.say(add_adapter(model, settings))
-    with contextlib.ExitStack() as stack:
-        # last of all that can refuse: --overwrite deletes here
-        env.first(lambda: stack.enter_context(open_run_folder(settings)))
-        if env.rank == 0:
-            show(settings)
+    with in_run_folder(settings, env):  # last of all that can refuse: --overwrite deletes here
         model.to(env.device)
         reference = prepare_reference(settings, model, tokenizer, splits, env)
         loss_fn = functools.partial(preference_loss, settings=settings, reference=reference)
@@ -607,9 +603,10 @@ def prefer(settings: Settings, env: Env) -> None:
         env.first(lambda: compare(before, last, asked, settings, env), patient=True)
 
 
-def check_length(settings, model: Transformer, name: str):
-    """Raise UserError where the model, which `name` stands for, reads less than a window."""
-    if settings.seq_len > model.config.max_seq_len:
+def check_length(settings, model, name: str, tokens: int | None = None):
+    """Raise UserError where the model, which `name` stands for, reads less than a window, or so many tokens.
+    """
+    if (tokens or settings.seq_len) > model.config.max_seq_len:
         raise UserError(f"seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
                         f"{name}; pass a shorter --seq_len")
 

@@ -39,7 +39,7 @@ import reward_model
 import sft
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
-from config import UserError, open_whole, parse, require, run, show
+from config import UserError, open_whole, parse, require, run
 from lora import Adapter, add_adapter, adapter_off, base_of, load_base, open_model
 from model import Transformer
 from optim import learning_rate, make_optimizer
@@ -51,7 +51,7 @@ from rejection import check_tokenizer, in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Rewards
 from rollouts import Rollout, drawn_now, lay_out, read_replies, reply_values, roll_out, whole_copy
-from survive import BadStep, Run, open_run_folder, save_whole, stop_signals
+from survive import BadStep, Run, in_run_folder, save_whole, stop_signals
 from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
 from watch import Log, peak_memory, read_log, spent, write_results
 from work import fingerprint
@@ -634,23 +634,19 @@ def improve(settings: Settings, env: Env):
     check_divisible(settings, env)
     model, tokenizer = load_base(settings.init_from, settings.quantize)
     check_tokenizer(tokenizer, settings.init_from, settings.template)
-    check_length(settings, model, settings.init_from)
+    dpo.check_length(settings, model, settings.init_from)
     prompts, asked = (Prompts(settings, split, model, tokenizer, env) for split in ("train", "val"))
     if settings.questions and len(asked.ids) < env.data_world_size:
         raise UserError(f"{len(asked.ids)} held-out prompts are fewer than the {env.data_world_size} "
                         f"processes; pass --questions 0, or start fewer")
     judge, rewards = rewards_of(settings, tokenizer, env)
     if judge is not None:  # it reads the last token, too
-        check_length(settings, judge, f"the reward model {settings.reward_model}",
-                     min(settings.seq_len + 1, model.config.max_seq_len))
+        dpo.check_length(settings, judge, f"the reward model {settings.reward_model}",
+                         min(settings.seq_len + 1, model.config.max_seq_len))
     trunk = critic_trunk(model, tokenizer, judge, settings, env)
     reference = None if settings.lora_rank else dpo.frozen(copy.deepcopy(model), env)
     env.say(add_adapter(model, settings))
-    with contextlib.ExitStack() as stack:
-        # last of all that can refuse: --overwrite deletes here
-        env.first(lambda: stack.enter_context(open_run_folder(settings)))
-        if env.rank == 0:
-            show(settings)
+    with in_run_folder(settings, env):  # last of all that can refuse: --overwrite deletes here
         cast = Cast(tokenizer, tokenizer.special_tokens[TEMPLATES[settings.template].end], rewards,
                     whole_copy(model.to(env.device), env), reference)
         numbers = sft.spread(range(len(asked.ids)), settings.questions)
@@ -683,13 +679,6 @@ def check_divisible(settings: Settings, env: Env):
                         f"divisor")
     if 0 < settings.questions < n:
         raise UserError(f"--questions {settings.questions} are fewer than the {n} processes; pass more, or 0")
-
-
-def check_length(settings: Settings, model: nn.Module, what: str, tokens: int = 0):
-    """Raise UserError where a model cannot read windows, or texts of so many tokens."""
-    if (tokens or settings.seq_len) > model.config.max_seq_len:
-        raise UserError(f"--seq_len {settings.seq_len} exceeds max_seq_len {model.config.max_seq_len} of "
-                        f"{what}; pass a shorter one")
 
 
 def rewards_of(settings: Settings, tokenizer: Tokenizer, env: Env) -> tuple[RewardModel | None, Rewards]:
@@ -725,7 +714,7 @@ def critic_trunk(policy: Transformer, tokenizer: Tokenizer, judge: RewardModel |
         name = settings.critic_from or settings.init_from
         trunk, own = open_model(name, env.device)
         check_same_tokenizer(own, tokenizer, f"the critic {name}", settings)
-        check_length(settings, trunk, f"the critic {name}")
+        dpo.check_length(settings, trunk, f"the critic {name}")
     env.say(f"critic: a trunk of its own, that of {name}")
     return trunk
 

@@ -21,7 +21,6 @@ The loop, the pairs and all layouts are dpo.py's. Unlike there:
 import functools
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -38,7 +37,7 @@ from batches import IGNORE, SPLITS
 from bpe import END_OF_TEXT, Tokenizer
 from chat import TEMPLATES
 from checkpoint import load_model, read_json, read_tensors, save_model, write_settings
-from config import UserError, open_whole, parse, require, run, show
+from config import UserError, open_whole, parse, require, run
 from families import SCORES
 from lora import (WEIGHTS, Adapter, adapters_of, add_adapter, base_of, merge_lora, open_model, remove_lora,
                   trained_tensors)
@@ -47,7 +46,7 @@ from parallel import Env
 from plot import line_chart
 from preferences import Pair
 from rejection import check_tokenizer
-from survive import open_run_folder
+from survive import in_run_folder
 from train import Loop, guarded, micro_batch, steps_of, train
 from watch import read_log, write_results
 from work import fingerprint
@@ -386,11 +385,7 @@ def train_reward_model(settings: Settings, env: Env) -> None:
     settings.steps = steps_of(settings, splits["train"].windows, env)
     model, line = begin(base, settings)
     env.say(line)
-    with ExitStack() as stack:
-        # last of all that can refuse: --overwrite deletes here
-        env.first(lambda: stack.enter_context(open_run_folder(settings)))
-        if env.rank == 0:
-            show(settings)
+    with in_run_folder(settings, env):  # last of all that can refuse: --overwrite deletes here
         loss_fn = functools.partial(ranking_loss, centre=settings.centre)
         train(model, splits["train"], loss_fn, settings, env, tokenizer, splits["val"],
               dpo.identity(settings, splits) | {"base": base_of(model).get("sha256")})

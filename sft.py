@@ -38,7 +38,7 @@ from attention import Mask
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, jinja, read_conversations, render, with_chat_tokens
 from checkpoint import read_json
-from config import UserError, parse, require, run, show
+from config import UserError, parse, require, run
 from data import IGNORE, Batches, Replay
 from lora import Adapter, add_adapter, base_of, load_base, open_model
 from metaspace import load_tokenizer
@@ -46,7 +46,7 @@ from model import ModelConfig, Transformer, extend_embedding, generate
 from objectives import next_token_loss
 from parallel import Env
 from positions import extended
-from survive import open_run_folder
+from survive import in_run_folder
 from train import Loop, evaluate, guarded, micro_batch, steps_of, train
 from watch import spent, write_results
 
@@ -389,11 +389,7 @@ def fine_tune(settings: Settings, env: Env):
     if env.rank == 0:
         show_masks(examples["train"][:settings.show_mask], tokenizer)
     asked, before = spread(conversations["val"], settings.questions), {}
-    with contextlib.ExitStack() as stack:
-        # last of all that can refuse: --overwrite deletes here
-        env.first(lambda: stack.enter_context(open_run_folder(settings)))
-        if env.rank == 0:
-            show(settings)
+    with in_run_folder(settings, env):  # last of all that can refuse: --overwrite deletes here
         model.to(env.device)
         loss_fn = functools.partial(reply_loss, chunked=settings.chunked_loss)
         before["loss"] = evaluate(model, validation[""], loss_fn, env)["loss"]

@@ -20,8 +20,8 @@ import math
 import os
 import re
 import signal
-import statistics
 import shutil
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 import lora
 from checkpoint import load_state, read_json, save_model, save_state, states, write_order, write_settings
-from config import UserError
+from config import UserError, show
 from parallel import PATIENCE, Env, own_part, part_at
 
 
@@ -382,6 +382,16 @@ def check_newest(folder: Path, identity: dict):
 
 MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
                "tokenizer_config.json")
+
+
+@contextlib.contextmanager
+def in_run_folder(settings, env: Env):
+    """Within this context process 0 holds the folder of a run, for all; the settings in effect are shown."""
+    with contextlib.ExitStack() as stack:
+        env.first(lambda: stack.enter_context(open_run_folder(settings)))
+        if env.rank == 0:
+            show(settings)
+        yield
 
 
 @contextlib.contextmanager

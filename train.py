@@ -40,7 +40,7 @@ from tqdm import tqdm
 from batches import Batches
 from bpe import Tokenizer
 from checkpoint import load_model, model_config, states
-from config import UserError, parse, require, run, show
+from config import UserError, parse, require, run
 from families import to_hugging_face
 from metaspace import load_tokenizer
 from mixture import Replay, first_source, open_mixture, picture, warnings
@@ -50,7 +50,7 @@ from objectives import FillInTheMiddle, PrefixLM, next_token_loss, with_fim_toke
 from optim import batch_windows, learning_rate, make_optimizer, windows_before
 from parallel import Compute, Env, inside, parallelize, setup, whole_step
 from positions import extended
-from survive import BadStep, Run, lost_process, open_run_folder, save_whole, spike_limit, stop_signals
+from survive import BadStep, Run, in_run_folder, lost_process, save_whole, spike_limit, stop_signals
 from watch import (Log, Profile, describe, dry_run, free_memory, log_line, out_of_memory, term,
                    write_results)
 
@@ -610,17 +610,13 @@ def pretrain(settings: Settings, env: Env):
     batches, validation = open_data(settings, env)
     model, tokenizer = build_model(settings, batches)
     to_hugging_face(model.config)  # a model that could not be saved is told of now
-    with contextlib.ExitStack() as stack:
-        # last of all that can refuse: --overwrite deletes here
-        env.first(lambda: stack.enter_context(open_run_folder(settings)))
+    with in_run_folder(settings, env):  # last of all that can refuse: --overwrite deletes here
         run_in_folder(settings, env, model, tokenizer, batches, validation)
 
 
 def run_in_folder(settings: Settings, env: Env, model, tokenizer, batches, validation):
     """The main job, once all is found to be right."""
     tokens = windows_before(settings.steps, settings) * settings.seq_len
-    if env.rank == 0:
-        show(settings)
     env.say(f"model: {count_parameters(model.config):,} parameters; {tokens:,} tokens to see, "
             f"{tokens / batches.tokens:.2f} epochs, "
             f"{estimate_flops(model.config, settings.seq_len) * tokens:.2g} FLOP")

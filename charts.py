@@ -126,7 +126,8 @@ def overlays(runs: Sequence[Run]) -> str:
             if (key, mark, chart.along) in seen:
                 continue
             seen.add((key, mark, chart.along))
-            lines, marks = ({run.name: points_of(run, it, chart.along) if chart in CHARTS.get(run.kind, []) else []
+            having = [run for run in runs[:OVERLAID] if chart in CHARTS.get(run.kind, [])]
+            lines, marks = ({run.name: points_of(run, it, chart.along) if run in having else []
                              for run in runs[:OVERLAID]} for it in (key, mark))
             title = f"{chart.title}: {label}" if len(pairs) > 1 else chart.title
             drawn = figure(title, chart.unit, lines, marks, why=chart.why if not i else "",

@@ -246,9 +246,8 @@ def figures(run: Run) -> list[tuple[str, float | None, float, str]]:
     for name, value in run.results.items() if run.kind != "pairs" else ():
         if name == "held out" and isinstance(value, dict):  # distill.py's
             for key, unit in (("bits_per_byte", "bits per byte"), ("loss", "nats a token")):
-                teacher = number(part(value, "teacher", key))
-                rows.append((f"{name}, {unit}", part(value, "before", key), part(value, "after", key),
-                             "" if teacher is None else f"the teacher: {teacher:.4g}"))
+                rows.append((f"{name}, {unit}", part(value, "before", key), part(value, "after", key), ""))
+                rows.append((f"{name}, {unit}, the teacher", None, part(value, "teacher", key), ""))
         elif isinstance(value, dict) and "after" in value:
             note = value.get("note")
             rows.append((name, value.get("before"), value["after"], note if isinstance(note, str) else ""))

@@ -126,7 +126,7 @@ INTRODUCTIONS = {
     "distillation": "A small model learns from a large one; beside it, perhaps, the same without a teacher.",
     "unknown": "These folders do not say what they are."}
 
-# Our own main jobs, `torchrun train.py` and `python sft.py`: {key: (steps that a value is the mean of, values)}
+# Our own main jobs, `torchrun train.py` and `python sft.py`: {key: (steps a value is the mean of, values)}
 REFERENCES = {
     "bits_per_byte": (20, (
         1.833, 1.907, 1.872, 1.83, 1.8, 1.775, 1.748, 1.734, 1.742, 1.73, 1.712, 1.677, 1.664, 1.677, 1.649,

@@ -24,7 +24,7 @@ from metrics import INTRODUCTIONS
 from page import Raw, bar, document, escape, printable, table
 
 STYLE = plot.STYLE + """
-svg { background: none; max-width: 100%; } .chart { width: 100%; height: auto; display: block; }
+svg { background: none; max-width: 100%; } .chart { width: 100%; max-width: 44rem; height: auto; display: block; }
 .chart text { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
 svg { fill: var(--ink); } figure { margin: 0; } figure h4 { margin: 0; font-size: 1rem; }
 figcaption p { margin: 0 0 .4rem; font-size: .88rem; color: var(--soft); }
@@ -125,9 +125,9 @@ def section(kind: str, runs: Sequence[Run]) -> str:
     if together:
         parts += [side_by_side(runs), overlays(runs)]
     for i, run in enumerate(runs):
-        parts.append(f"<h3>{escape(run.name)}</h3>\n{state(run)}")
-        parts.append("" if together else charts_of(run, explain=not i))
-        parts += [of_data(run), held_out(run) if not together else "", of_rewards(run), samples(run)]
+        own = "" if together else charts_of(run, explain=not i) + held_out(run)
+        told = state(run) + of_data(run) + own + of_rewards(run) + samples(run)
+        parts.append(f"<h3>{escape(run.name)}</h3>\n{told}" if told else "")
     return "".join(parts) + "</section>\n"
 
 
@@ -160,8 +160,9 @@ def held_out(run: Run) -> str:
 
 def side_by_side(runs: Sequence[Run]) -> str:
     """A table of several runs: settings that tell them apart, and their figures."""
-    known = {run.name: {name: after for name, _, after, _ in figures(run)} for run in runs}
-    names = dict.fromkeys(name for found in known.values() for name in found)
+    known = [{how: value for name, *values, _ in figures(run) for how, value in
+              zip((f"{name}, before", name), values) if value is not None} for run in runs]
+    names = dict.fromkeys(name for found in known for name in found)
     costs_ = [("steps", [shown(run.steps) for run in runs]), ("tokens", [shown(run.tokens) for run in runs]),
               ("time in steps", [duration(run.seconds) for run in runs]),
               ("peak memory", [memory(run) for run in runs]),
@@ -169,7 +170,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
                   shown(smooth(run.series[key])[-1][1]) if chief_key(run) == key else "–" for run in runs])
                 for key in dict.fromkeys(map(chief_key, runs)) if key)]
     rows = [(name, *values) for name, values in costs_]
-    rows += [(name, *(shown(known[run.name].get(name)) for run in runs)) for name in names]
+    rows += [(name, *(shown(found.get(name)) for found in known)) for name in names]
     heads = ("figure", *(run.name for run in runs))
     settings = [(name, *map(setting, values)) for name, values in differences(runs).items()]
     told = table("Settings in which they differ", ("setting", *heads[1:]), settings) if settings else \

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart, ticks
+from plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, blocks, legend, line_chart, ticks
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 1), (1, 900), (0, 0), (5, 5), (-2, -2), (1e-9, 3e-9),
@@ -45,3 +45,33 @@ def test_infinite_points_are_left_out_and_no_points_are_no_error():
 def test_nothing_is_fetched_from_elsewhere():
     addresses = re.findall(r"https?://\S+", line_chart("t", "x", "y", {"a": [(0, 1)]}))
     assert addresses == ['http://www.w3.org/2000/svg"'], "a name of the format, not an address that is asked"
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_in_a_page_the_axes_hold_levels_rings_and_faint_lines_too():
+    text = line_chart("a < b", "step", "nats", {"one": [(0, 0.0), (10, 1.0)]}, faint={"one": [(0, 4.0)]},
+                      marks={"one": [(20, 0.0)], "two": [(0, 1.0)]}, levels={"xz": -4.0}, about="1 & 2")
+    svg = ElementTree.fromstring(text)
+    assert svg.find(f"{SVG}title").text == "a < b"
+    assert svg.find(f"{SVG}desc").text == "1 & 2" and svg.find(f"{SVG}style") is None, "a page has it once"
+    faint, line = (each.get("points") for each in svg.iter(f"{SVG}polyline"))
+    assert faint == f"{LEFT:.1f},{TOP:.1f}", "4 is the highest tick"
+    assert line.endswith(f"{(LEFT + WIDTH - RIGHT) / 2:.1f},{TOP + 3 / 8 * (HEIGHT - TOP - BOTTOM):.1f}")
+    level, = (each for each in svg.iter(f"{SVG}line") if each.get("class") == "level")
+    assert float(level.get("y1")) == HEIGHT - BOTTOM, "-4 is the lowest"
+    rings = [(float(ring.get("cx")), ring.get("class")) for ring in svg.iter(f"{SVG}circle")]
+    assert rings == [(WIDTH - RIGHT, "mark c0"), (LEFT, "mark c1")], "of the colour of the line of their name"
+
+
+def test_many_lines_are_told_apart():
+    text = line_chart("t", "x", "y", {str(i): [(0, i), (1, i)] for i in range(25)}, about="")
+    kinds = {(line.get("stroke"), line.get("stroke-dasharray"))
+             for line in ElementTree.fromstring(text).iter(f"{SVG}polyline")}
+    assert len(kinds) == 25
+    assert "<b>" not in legend({"<b>": [(0, 1)]}, {})
+
+
+def test_blocks_by_hand():
+    assert blocks([1.0, 0.75, 0.5, 1 / 16, 0.0], 2) == ["█▄", "███▁"], "halves of two rows are whole blocks"

@@ -1,4 +1,4 @@
-"""report.py: the figures on the page are those of the logs, and no file, however broken, keeps it from opening."""
+"""report.py: the page's figures are those of the logs, and no file, however broken, keeps it from opening."""
 import html.parser
 import json
 import math
@@ -95,10 +95,11 @@ def runs(tmp_path):
     top = tmp_path / "runs"
     (top / "data").mkdir(parents=True)
     meta = {"train": {"documents": 9, "text_bytes": 5000, "tokens": 2500},
-            "val": {"documents": 1, "text_bytes": 600, "tokens": 200}, "compressors": {"xz": 1.44, "gzip": 1.72},
-            "funnel": {"read": [11, 6009], "kept": [10, 5600]}}
+            "val": {"documents": 1, "text_bytes": 600, "tokens": 200},
+            "compressors": {"xz": 1.44, "gzip": 1.72}, "funnel": {"read": [11, 6009], "kept": [10, 5600]}}
     (top / "data" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    (top / "data" / "report.json").write_text(json.dumps(funnel.make(tally(), {"near": 0.8})), encoding="utf-8")
+    told = json.dumps(funnel.make(tally(), {"near": 0.8}))
+    (top / "data" / "report.json").write_text(told, encoding="utf-8")
     held_out = {50: {"val_bits_per_byte": 1.85}, 100: {"val_bits_per_byte": 1.625}}
     make(top / "base", [line(i, **held_out.get(i, {})) for i in range(1, 101)], BASE)
     make(top / "dpo", [{"step": i, "loss_nats_per_pair": 0.7 - i / 100, "chosen_reward": -i / 50,
@@ -117,20 +118,23 @@ def runs(tmp_path):
 
 # ---- the figures -------------------------------------------------------------------------------------------
 
+STORY = "The stages in order: each begins with what an earlier one left"
+
+
 def test_the_story_tells_what_stands_in_the_logs(monkeypatch, capsys, tmp_path, runs):
     made = written(monkeypatch, capsys, tmp_path, "--runs", runs)
-    story = {row[0]: row[1:] for row in made.tables["The stages in order: each begins with what an earlier one left"]}
+    story = {row[0]: row[1:] for row in made.tables[STORY]}
     assert list(story) == ["run", "data", "base", "dpo", "ppo"], "in the order in which they are made"
     assert story["base"] == ["pretraining", "100", "25 s", "0.50 GiB", "100,000", "bits per byte, held out",
                              "1.85", "1.625"], "100 steps of 0.25 s"
     assert story["dpo"][-3:] == ["margin of the rewards", "0", "0.1417"]
-    assert story["ppo"][-4:] == ["160", "sampled: reward", "0.25", "0.5"], "its log has each step's own tokens"
+    assert story["ppo"][-4:] == ["160", "sampled: reward", "0.25", "0.5"], "160: 4 steps, each of 40"
     assert story["data"][-4:] == ["2,500", "bytes of text", "6,009", "5,600"]
 
 
 def test_the_funnel_on_the_page_is_funnel_py_s(monkeypatch, capsys, tmp_path, runs):
     made = written(monkeypatch, capsys, tmp_path, "--runs", runs)
-    own = Page(funnel.page(json.loads((runs / "data" / "report.json").read_text(encoding="utf-8"))))
+    own = Page(funnel.page(funnel.make(tally(), {"near": 0.8})))
     caption = "From what was read to what was kept, step by step"
     assert made.tables[caption] == own.tables[caption] and len(own.tables[caption]) == 6
 
@@ -183,9 +187,9 @@ def test_the_page_is_well_formed_and_needs_nothing_else(monkeypatch, capsys, tmp
     ids = [value for name, value in made.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     links = [value for name, value in made.attributes if name == "href"]
-    assert links and all(link[0] == "#" and link[1:] in ids for link in links), "a link within the page, to nothing"
+    assert links and all(link[0] == "#" and link[1:] in ids for link in links), "a link that leads nowhere"
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert set(re.findall(r"https?://[^\"]+", text)) == {"http://www.w3.org/2000/svg"}, "the name of the format"
+    assert set(re.findall(r"https?://[^\"]+", text)) == {"http://www.w3.org/2000/svg"}, "the format's name"
     assert "url(" not in text and "@import" not in text and ("html", {"lang": "en"}) in made.tags
 
 
@@ -242,7 +246,8 @@ def test_what_models_say_and_folders_are_called_is_shown_as_text(monkeypatch, ca
               "samples": [{"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE, "author": 5}, 3, None]})
     except OSError:
         pytest.skip("this file system has no such names")
-    for arguments in (("--runs", tmp_path / "top"), (tmp_path / "top" / name, make(tmp_path / "b", [line(1)]))):
+    other = make(tmp_path / "b", [line(1)])
+    for arguments in (("--runs", tmp_path / "top"), (tmp_path / "top" / name, other)):
         made = written(monkeypatch, capsys, tmp_path, *arguments)
         assert not {"script", "img"} & {tag for tag, _ in made.tags}
         text = "".join(made.text)
@@ -267,10 +272,10 @@ LINE = json.dumps(line(1)).encode()
     (b'{"step": "1"}\n{"step": true}\n{"step": -1}\n[]\nnull\n{}\n', "6 lines that cannot be read"),
     (LINE + b'\n{"step": 5, "loss_nats_per_token": NaN, "lr": 1' + b"0" * 400 + b', "grad_norm": null}\n',
      "lacks steps 2 to 4"),
-    (b'{"step": 1, "loss_nats_per_token": Infinity, "bits_per_byte": "x", "lr": [1], "seconds": 1}\n', "Loss")])
+    (b'{"step": 1, "loss_nats_per_token": Infinity, "bits_per_byte": "x", "lr": [1]}\n', "Loss")])
 def test_a_broken_log_is_named_and_the_page_opens(monkeypatch, capsys, tmp_path, content, said):
     broken(tmp_path / "runs" / "odd", content)
-    (tmp_path / "runs" / "odd" / "settings.json").write_text('{"objective": "x", "steps": 5', encoding="utf-8")
+    (tmp_path / "runs" / "odd" / "settings.json").write_text('{"objective": "x"', encoding="utf-8")
     make(tmp_path / "runs" / "good", [line(1), line(2)], BASE)
     made = written(monkeypatch, capsys, tmp_path, "--runs", tmp_path / "runs")
     text = "".join(made.text)
@@ -283,14 +288,16 @@ def test_missing_files_are_named(tmp_path):
     assert logs.read(tmp_path / "bare").problems == ["log.jsonl is missing: no curve can be drawn"]
     run = logs.read(make(tmp_path / "lost", [line(1, kd_nats_per_token=1.0)]))
     assert run.kind == "distillation" and "settings.json is missing" in run.problems[0]
-    said = report.state(logs.read(make(tmp_path / "early", [{"step": 1, "reward": 0.5}], {"algorithm": "rloo"})))
+    early = make(tmp_path / "early", [{"step": 1, "reward": 0.5}], {"algorithm": "rloo"})
+    said = report.state(logs.read(early))
     assert "results.json is missing" in said and "no figures for:" in said and "Entropy" in said
 
 
-@pytest.mark.parametrize("results", [[], {"samples": {"a": 1}}, {"held out": 3, "histogram": {"edges": 3}},
-                                     {"calibration": [3, {"from": "x"}], "samples": [{"prompt": 1}]},
-                                     {"a": {"after": None}, "b": {"after": True}, "histogram": {"edges": [1, None],
-                                      "chosen": [1, 2], "rejected": "x"}, "rewards": {"all": {"mean": 1}}}])
+@pytest.mark.parametrize("results", [
+    [], {"samples": {"a": 1}}, {"held out": 3, "histogram": {"edges": 3}},
+    {"calibration": [3, {"from": "x"}], "samples": [{"prompt": 1}]}, {"calibration": 5, "histogram": [1]},
+    {"a": {"after": None}, "b": {"after": True}, "rewards": {"all": {"mean": 1}},
+     "histogram": {"edges": [1, None], "chosen": [1, 2], "rejected": "x"}}])
 def test_results_of_any_form_open(tmp_path, results):
     run = logs.read(make(tmp_path / "run", [line(1), line(2)], {"margin_from": "constant"}, results))
     Page(report.page([run], compared=False))
@@ -299,8 +306,8 @@ def test_results_of_any_form_open(tmp_path, results):
 
 def test_data_whose_report_is_damaged_opens(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "meta.json").write_text('{"train": {"tokens": "x"}, "funnel": [], "compressors": 3}',
-                                                 encoding="utf-8")
+    meta = '{"train": {"tokens": "x"}, "funnel": [], "compressors": 3}'
+    (tmp_path / "data" / "meta.json").write_text(meta, encoding="utf-8")
     (tmp_path / "data" / "report.json").write_text('{"read": 3}', encoding="utf-8")
     assert "report.json is damaged" in report.page([logs.read(tmp_path / "data")], compared=False)
 
@@ -315,16 +322,35 @@ def test_no_such_folder_and_no_runs_end_in_one_line_and_code_2(monkeypatch, caps
 
 # ---- several runs ------------------------------------------------------------------------------------------
 
-def test_runs_are_compared_by_figures_curves_and_the_settings_in_which_they_differ(monkeypatch, capsys, tmp_path):
+def test_runs_are_compared_by_figures_curves_and_settings_that_differ(monkeypatch, capsys, tmp_path):
     folders = [make(tmp_path / f"seed{i}", [line(n, bits_per_byte=2.0 + i) for n in (1, 2, 3)],
                     BASE | {"seed": i, "out": f"seed{i}"}) for i in range(3)]
     made = written(monkeypatch, capsys, tmp_path, *folders)
     assert made.tables["Settings in which they differ"] == [["setting", "seed0", "seed1", "seed2"],
                                                             ["seed", "0", "1", "2"]]
     figures = {row[0]: row[1:] for row in made.tables["Last figures"]}
-    assert figures["steps"] == ["3", "3", "3"] and figures["bits per byte, training, last 60th"] == ["2", "3", "4"]
+    assert figures["steps"] == ["3", "3", "3"]
+    assert figures["bits per byte, training, last 60th"] == ["2", "3", "4"]
     loss = made.tables["Loss: means of stretches"]
     assert loss == [["step", "seed0", "seed1", "seed2"], *[[str(i), "2", "3", "4"] for i in (1, 2, 3)]]
+
+
+def test_students_stand_side_by_side_with_and_without_a_teacher(monkeypatch, capsys, tmp_path):
+    top = tmp_path / "runs"
+    for name, weight, after in (("alone", 0.0, 1.67), ("student", 1.0, 1.62)):
+        lines = [line(i, kd_nats_per_token=weight / i, ce_nats_per_token=(1 - weight) * 5) for i in (1, 2)]
+        make(top / name, lines, {"kd_weight": weight, "steps": 2},
+             {"held out": {"teacher": {"bits_per_byte": 1.459}, "before": {"bits_per_byte": 2.24},
+                           "after": {"bits_per_byte": after, "loss": None}}})
+    made = written(monkeypatch, capsys, tmp_path, "--runs", top)
+    figures = {row[0]: row[1:] for row in made.tables["Last figures"]}
+    assert figures["figure"] == ["alone", "student"]
+    assert figures["held out, bits per byte"] == ["1.67", "1.62"]
+    assert figures["held out, bits per byte, before"] == ["2.24"] * 2
+    assert figures["held out, bits per byte, the teacher"] == ["1.459"] * 2
+    assert made.tables["Distance from the teacher: means of stretches"][0] == ["step", "student"], \
+        "without a teacher there is no distance: its zeros are not drawn"
+    assert made.tables["Loss on the text: means of stretches"][0] == ["step", "alone"]
 
 
 def test_a_run_keeps_its_colour_where_another_has_no_points():
@@ -336,10 +362,12 @@ def test_a_run_keeps_its_colour_where_another_has_no_points():
 
 
 def test_stages_are_in_order_and_those_of_another_start_behind(tmp_path):
-    made = {name: make(tmp_path / name, [line(1)], settings) for name, settings in {
-        "sums": {"loss_on_prompts": False, "init_from": "elsewhere/start"}, "ppo": {"algorithm": 1, "init_from": "sft"},
-        "sums-grpo": {"algorithm": 1, "init_from": "sums"}, "sft": {"loss_on_prompts": False, "init_from": "base"},
-        "base": {"objective": "x"}, "student": {"kd_weight": 1}, "loop": {"algorithm": 1, "init_from": "loop"}}.items()}
+    settings = {"sums": {"loss_on_prompts": False, "init_from": "elsewhere/start"},
+                "ppo": {"algorithm": 1, "init_from": "runs/sft"}, "student": {"kd_weight": 1},
+                "sums-grpo": {"algorithm": 1, "init_from": "runs/sums"}, "base": {"objective": "next_token"},
+                "sft": {"loss_on_prompts": False, "init_from": "runs/base"},
+                "loop": {"algorithm": 1, "init_from": "runs/loop"}}
+    made = {name: make(tmp_path / name, [line(1)], some) for name, some in settings.items()}
     runs = logs.in_order([logs.read(folder, name) for name, folder in made.items()])
     assert [run.name for run in runs] == ["base", "sft", "loop", "ppo", "sums", "sums-grpo", "student"]
 
@@ -376,7 +404,8 @@ def test_a_hundred_thousand_steps_are_a_small_page_in_seconds(monkeypatch, capsy
 # ---- the terminal ------------------------------------------------------------------------------------------
 
 def curve(tmp_path, values, name="run"):
-    return logs.read(make(tmp_path / name, [{"step": i, "loss_nats_per_token": y} for i, y in enumerate(values, 1)]), name)
+    lines = [{"step": i, "loss_nats_per_token": y} for i, y in enumerate(values, 1)]
+    return logs.read(make(tmp_path / name, lines), name)
 
 
 def test_the_terminal_s_curve_by_hand(tmp_path):

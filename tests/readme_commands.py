@@ -42,7 +42,7 @@ REDUCED = {  # flags by script; where a script does several things, by its first
     "arithmetic.py": "--learn 60 --problems 16 --val 8 --layers 1 --samples 1 --max_new_tokens 8",
     "distill.py": "--steps 2 --bigram_steps 2 --eval_stride 128 --questions 2",
     "answers.py": "--prompts 8 --samples 2 --at_least 0 --max_new_tokens 40",
-    "bench.py": "--only loss --rounds 1 --threads 1",
+    "bench.py": "--only dedup --rounds 1 --threads 1",
 }
 MODULES = ("ast", "argparse", "textwrap", "json/decoder", "string", "shlex", "csv", "calendar", "random",
            "statistics", "fractions", "tarfile", "zipfile/__init__", "zipfile", "inspect", "difflib",

@@ -85,6 +85,10 @@ def commands(text: str) -> list[Command]:
     return found
 
 
+def in_readme() -> list[Command]:
+    return commands((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 def split(words: list[str]) -> list[list[str]]:
     """The commands of a line whose commands end in ";"."""
     lines = [[]]
@@ -161,7 +165,7 @@ def run_all(folder: Path, small: bool, only=(), timeout: float = 7200, say=print
     """Run them one after the other; what was said of those that failed."""
     prepare(folder, small)
     failed, lacking = [], set()  # folders that commands which are not run would have left
-    for one in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+    for one in in_readme():
         why = one.why_not(folder)
         if only and one.script not in only:
             continue
@@ -193,12 +197,18 @@ class Settings:
     def __post_init__(self):
         if self.folder and Path(self.folder).resolve() == ROOT:
             raise UserError(f"--folder {self.folder} holds the originals; choose another")
+        if self.folder and not self.only and Path(self.folder, "runs").exists():
+            raise UserError(f"--folder {self.folder} holds runs/ of another time; choose a new one, or say "
+                            f"--only which scripts")
+        unknown = set(self.only) - {one.script for one in in_readme()}
+        if unknown:
+            raise UserError(f"--only {min(unknown)} is in no command of README.md; --list shows them")
 
 
 def main():
     settings = parse(Settings)
     if settings.list:
-        for one in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        for one in in_readme():
             why = one.why_not(ROOT)
             print(one.text + (f"    # not run: {why}" if why else ""))
         return

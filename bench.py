@@ -15,7 +15,7 @@
 
 Peers are test dependencies (requirements-dev.txt); a measure whose peer is not installed is passed over, by
 name. Every figure is a median over alternating rounds, beside it the least and the most; --json FILE takes
-all. A machine that does other work at the same time spoils it. What was measured, and on what: README.md.
+all. A machine that does other work at the same time spoils it. What was measured, and on what: LOG.md.
 """
 import functools
 import gc

@@ -17,7 +17,6 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -30,9 +29,8 @@ from checkpoint import save_model
 from config import UserError, parse, require, run
 from lora import open_model
 from model import ModelConfig, Transformer
-from rejection import sample_replies
-from rewards import REWARDS, Reply
-from sft import answers
+from rewards import Rewards
+from rollouts import answered
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -179,21 +177,11 @@ def measure(folder: str, asked: Sequence[dict], settings: Settings) -> dict[str,
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer.json that can be read")
     prompts = [render(one["messages"][:-1], tokenizer, True, template)[0] for one in asked]
-    stop, generator = tokenizer.special_tokens[template.end], torch.Generator().manual_seed(settings.seed)
-    greedy = answers(model, prompts, tokenizer, [stop], settings.max_new_tokens, batch_size=64)
-    drawn = list(chain.from_iterable(
-        sample_replies(model, prompts[start:start + 64], tokenizer, stop, settings.samples,
-                       settings.max_new_tokens, generator=generator)
-        for start in range(0, len(prompts), 64)))
-    found = {}
-    for name in ("exact", "format"):
-        function = REWARDS[name].function
-        found[f"{name}, greedy"] = [function(one, Reply(text, ended, 0))
-                                    for one, (text, ended) in zip(asked, greedy)]
-        found[f"{name}, sampled"] = [
-            sum(function(one, Reply(reply["text"], reply["ended"], 0)) for reply in replies) / len(replies)
-            for one, replies in zip(asked, drawn)]
-    return found
+    found, _ = answered(model, prompts, asked, Rewards(("exact", "format")), tokenizer,
+                     tokenizer.special_tokens[template.end], settings.samples, settings.max_new_tokens,
+                     seed=settings.seed, at_once=64)
+    return {f"{name}, {how}": found[f"{how}: {name}"] for name in ("exact", "format")
+            for how in ("greedy", "sampled")}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

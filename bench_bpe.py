@@ -8,6 +8,7 @@ source of Python's standard library, 30 MB. Training: 32,768 tokens. Encoding: a
 that ours learned, first with nothing kept from before (cold), then again (warm); tiktoken keeps nothing.
 Seconds go from texts in memory to a tokenizer, or to ids.
 """
+import ctypes
 import json
 import os
 import statistics
@@ -107,11 +108,15 @@ def print_measured(kind, side, cores, texts, function):
 def resident_peak(line: str = "VmHWM") -> int:
     """The most bytes that this process has had in memory. (Linux's getrusage includes who started it.)
 
-    line: "VmRSS" for what it has now; only Linux says that.
+    line: "VmRSS" for what it has now; macOS does not say that, and gives the peak.
     """
     if os.path.exists("/proc/self/status"):
         with open("/proc/self/status", encoding="utf-8") as file:
             return next(int(entry.split()[1]) * 1024 for entry in file if entry.startswith(line))
+    if os.name == "nt":  # PROCESS_MEMORY_COUNTERS of a 64-bit system: its size, the peak, what it has now
+        counters = (ctypes.c_size_t * 9)(72)
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), ctypes.byref(counters), 72)
+        return counters[2 if line == "VmRSS" else 1]
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

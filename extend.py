@@ -31,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
+from batches import Batches, open_shard
 from checkpoint import load_model
 from config import UserError, parse, require, run, show
-from data import Batches, open_shard
 from model import ModelConfig, Transformer
 from objectives import next_token_loss
 from parallel import Env, setup
@@ -52,7 +52,7 @@ class Settings:
     batch_size: int = 4  # windows a step
     lr: float = 3e-3  # peak learning rate of the matrices (Muon); low, as the main job has ended at 0
     adam_lr: float = 6e-4  # of embedding, head and norms; likewise
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the first there is of cuda, mps, cpu
 
     def __post_init__(self):
         require(self, factor=(1, 10000), bucket=(1, None), passages=(1, None), steps=(0, None),
@@ -122,7 +122,8 @@ def trained_further(model: Transformer, settings: Settings, seed: int, env: Env)
     """The model after settings.steps updates on windows of its max_seq_len, as train.py makes them."""
     length = model.config.max_seq_len
     batches = Batches(settings.data, "train", settings.batch_size, length, seed, verify=False)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
+            contextlib.redirect_stdout(io.StringIO()):
         train.train(model, batches, next_token_loss, train.Settings(
             data=settings.data, out=folder, init_from=settings.model, seq_len=length, steps=settings.steps,
             batch_size=settings.batch_size, lr=settings.lr, adam_lr=settings.adam_lr, seed=seed,

@@ -28,10 +28,12 @@ from tqdm import tqdm
 
 import bpe
 from attention import Mask
+from batches import IGNORE, Wrapped
 from bpe import Tokenizer
 from checkpoint import load_model
 from config import UserError, parse, require, run, show
-from data import IGNORE, Wrapped, end_of_text_id, stored_documents
+from data import end_of_text_id
+from documents import stored_documents
 from lora import effective_weight
 from model import Transformer, generate
 from parallel import choose_device
@@ -395,7 +397,7 @@ class Settings:
     # cut, which left-to-right models never see; or any characters of a line, as a cursor falls
     seed: int = 0  # of the choice of middles
     batch_size: int = 100  # prompts at a time
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the first there is of cuda, mps, cpu
 
     def __post_init__(self):
         require(self, n=(1, None), span=(1, None), batch_size=(1, None), seed=(0, 2 ** 63 - 1))

@@ -12,8 +12,8 @@ divides by root mean squares as Adam does, but keeps one for each row and each c
 one for each number: n + m floats beside n x m weights, where AdamW holds 2 n m and Muon n m.
 
 `parameter_groups` says which weights are whose, `learning_rate` how fast they go at each step, and
-`batch_windows` on how much text a step rests. Weights may
-stand whole on each process, or in pieces on many (DTensors, which FSDP and tensor parallelism make).
+`batch_windows` on how much text a step rests. Weights may stand whole on each process, or in pieces on many
+(DTensors, which FSDP and tensor parallelism make).
 
     python optim.py          # draws the schedules
 

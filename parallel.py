@@ -50,7 +50,7 @@ from model import Block, ModelConfig
 @dataclass
 class Compute:
     """How and where to compute: settings that every stage's Settings inherit. None changes what is learnt."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the first there is of cuda, mps, cpu
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of matrix products; weights and
                                                                          # moments stay fp32
     compile: bool | None = None  # torch.compile; none: where a compiler is found and the run is long enough

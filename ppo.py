@@ -50,7 +50,7 @@ from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficien
 from rejection import check_tokenizer, in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Rewards
-from rollouts import Rollout, drawn_now, lay_out, read_replies, reply_values, roll_out, whole_copy
+from rollouts import Rollout, answered, drawn_now, lay_out, read_replies, reply_values, whole_copy
 from survive import BadStep, Run, in_run_folder, save_whole, stop_signals
 from train import Loop, go_back, guarded, identity_of, is_multiple, stop_unless_done, update
 from watch import Log, peak_memory, read_log, spent, write_results
@@ -741,7 +741,7 @@ def compare(start: dict, last: dict, asked: Prompts, numbers: Sequence[int], rew
     lines = read_log(out)
     results = {}
     if numbers:
-        (before, old), (after, new) = (answered(folder, asked, numbers, rewards, settings, env)
+        (before, old), (after, new) = (answers_of(folder, asked, numbers, rewards, settings, env)
                                        for folder in (settings.init_from, out))
         print(f"{'held out':<40}{'before':>10}{'after':>10}")
         for name in before:
@@ -780,23 +780,13 @@ def against_kl(start: dict, lines: list[dict], rewards: Rewards) -> str:
                       "standard deviations", curves)
 
 
-def answered(folder, asked: Prompts, numbers: Sequence[int], rewards: Rewards, settings: Settings,
-             env: Env) -> tuple[dict[str, list[float]], list[tuple[str, bool]]]:
-    """({name: a figure for each held-out prompt}, the greedy replies): of four sampled ones' the mean."""
+def answers_of(folder, asked: Prompts, numbers: Sequence[int], rewards: Rewards, settings: Settings,
+               env: Env) -> tuple[dict[str, list[float]], list[tuple[str, bool]]]:
+    """rollouts.answered of the model in a folder, with four replies to each of these held-out prompts."""
     model, tokenizer = open_model(folder, env.device)
     stop = tokenizer.special_tokens[TEMPLATES[settings.template].end]
-    prompts, found = [asked.ids[i] for i in numbers], {}
-    for how, samples, temperature in (("sampled", 4, settings.temperature), ("greedy", 1, 0.0)):
-        generator = torch.Generator(env.device).manual_seed(settings.seed)
-        rollout = roll_out(model.eval(), prompts, tokenizer, stop, samples, settings.max_new_tokens,
-                           temperature, generator, 32, progress=True)
-        questions = [asked.questions[i] for i in numbers for _ in range(samples)]
-        scores, parts = rewards(questions, rollout.said, (rollout.prompts, rollout.replies))
-        figures = {"reward": scores, **parts, "ended": rollout.ended.float(),
-                   "length": rollout.lengths.float()}
-        found |= {f"{how}: {name}": value.view(-1, samples).mean(dim=1).tolist()
-                  for name, value in figures.items()}
-    return found, list(zip(rollout.texts, rollout.ended.tolist()))  # of the last rollout, the greedy one
+    return answered(model, [asked.ids[i] for i in numbers], [asked.questions[i] for i in numbers], rewards,
+                    tokenizer, stop, 4, settings.max_new_tokens, settings.temperature, settings.seed)
 
 
 if __name__ == "__main__":

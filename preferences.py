@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bpe import Tokenizer
 from chat import CHATML, Template, check_messages, kind, read_records, render, string
 from config import UserError
-from data import Rejected, accepted, content_suffix, find_files, read_files
+from documents import Rejected, accepted, content_suffix, find_files, read_files
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of hh-rlhf
 TURN = re.compile(r"\n\n(Human|Assistant):")

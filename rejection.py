@@ -176,8 +176,7 @@ def make_folder(kind: Kind, settings, model_folder: str | Path, out: str | Path,
     """Write a folder of this kind of what a model answers; a finished one of the same identity stays.
 
     settings: prompts_data, prompts, samples, temperature, max_new_tokens, prompts_at_once, seed, template,
-    on_bad_line.
-    Raises UserError where `out` holds anything else.
+    on_bad_line. Raises UserError where `out` holds anything else.
     """
     out = Path(out)
     with contextlib.ExitStack() as stack:

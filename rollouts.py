@@ -28,7 +28,7 @@ from model import Transformer
 from objectives import logps_of_hidden
 from parallel import Env
 from rejection import sample_replies
-from rewards import Reply
+from rewards import Reply, Rewards
 from sft import best_fit
 
 
@@ -79,6 +79,27 @@ def roll_out(policy: Transformer, prompts: Sequence[list[int]], tokenizer: Token
     flat = [reply for replies in found for reply in replies]
     return Rollout([prompt for prompt in prompts for _ in range(samples)], [reply["ids"] for reply in flat],
                    [reply["text"] for reply in flat], torch.tensor([reply["ended"] for reply in flat]))
+
+
+def answered(model: Transformer, prompts: Sequence[list[int]], questions: Sequence[dict], rewards: Rewards,
+             tokenizer: Tokenizer, stop_id: int, samples: int, max_new_tokens: int, temperature: float = 1.0,
+             seed: int = 0, at_once: int = 32) -> tuple[dict[str, list[float]], list[tuple[str, bool]]]:
+    """({"sampled: …", "greedy: …": a figure for each question}, the greedy replies and whether they ended).
+
+    Of the `samples` replies to a question it is their mean. …: reward, each part of it, ended, length.
+    """
+    found = {}
+    for how, number, heat in (("sampled", samples, temperature), ("greedy", 1, 0.0)):
+        generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+        rollout = roll_out(model.eval(), prompts, tokenizer, stop_id, number, max_new_tokens, heat, generator,
+                           at_once, progress=True)
+        repeated = [question for question in questions for _ in range(number)]
+        totals, parts = rewards(repeated, rollout.said, (rollout.prompts, rollout.replies))
+        figures = {"reward": totals, **parts, "ended": rollout.ended.float(),
+                   "length": rollout.lengths.float()}
+        found |= {f"{how}: {name}": value.view(-1, number).mean(dim=1).tolist()
+                  for name, value in figures.items()}
+    return found, list(zip(rollout.texts, rollout.ended.tolist()))  # the last rollout is the greedy one
 
 
 # ---- who draws ---------------------------------------------------------------------------------------------

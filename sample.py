@@ -23,10 +23,10 @@ import torch
 
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, check_tokens, render
-from lora import open_model
 from config import UserError, parse, require, run
-from data import write_documents
+from documents import write_documents
 from generation import Packed, check_speculation, room_of
+from lora import open_model
 from model import Transformer, check_sampling, generate_stream
 from parallel import choose_device, choose_precision
 
@@ -51,8 +51,8 @@ class Settings:
     repetition_penalty: float = 1.0  # above 1: what stands in the text already becomes less likely
     speculate: int = 0  # guess so many tokens, check them in one pass: the same distribution, maybe sooner
     draft: str | None = None  # folder of a smaller model that guesses; none: what followed the same before
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    seed: int = 0  # of what is drawn; the same seed gives the same text
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the first there is of cuda, mps, cpu
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and products; auto: bf16 where fast
 
     def __post_init__(self):

@@ -35,13 +35,14 @@ from tqdm import tqdm
 import data
 import stdlib_chat
 from attention import Mask
+from batches import IGNORE, SPLITS, Batches
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, jinja, read_conversations, render, with_chat_tokens
 from checkpoint import read_json
 from config import UserError, parse, require, run
-from data import IGNORE, Batches, Replay
 from lora import Adapter, add_adapter, base_of, load_base, open_model
 from metaspace import load_tokenizer
+from mixture import Replay
 from model import ModelConfig, Transformer, extend_embedding, generate
 from objectives import next_token_loss
 from parallel import Env
@@ -398,8 +399,7 @@ def fine_tune(settings: Settings, env: Env):
                 before["plain"] = evaluate(model, validation["plain_"], loss_fn, env)["bits_per_byte"]
         if settings.few_shot:
             env.first(lambda: print(best_few_shot(model, was, tokenizer, asked, conversations["train"],
-                                                  settings.repetition_penalty)),
-                      patient=True)
+                                                  settings.repetition_penalty)), patient=True)
         env.first(lambda: before.update(replies=reply_to(asked, model, tokenizer, settings)), patient=True)
         last = train(model, batches, loss_fn, settings, env, tokenizer, validation,
                      identity(settings, batches) | {"base": base_of(model).get("sha256")})
@@ -464,16 +464,16 @@ def reading_further(config: ModelConfig, settings: Settings, env: Env) -> ModelC
 def read_splits(settings: Settings, env: Env) -> dict[str, list[dict]]:
     """{"train", "val"}: the conversations of --data; of a single file a share drawn by lot is held out."""
     place = Path(settings.data)
-    files = [place / "train.jsonl", place / "val.jsonl"] if place.is_dir() else [place]
+    files = [place / f"{split}.jsonl" for split in SPLITS] if place.is_dir() else [place]
     for file in files:
         if not file.is_file():
             raise UserError(f"there is no {file}; --data is a file of conversations, or a folder with "
                             f"train.jsonl and val.jsonl")
     with contextlib.redirect_stdout(None) if env.rank else contextlib.nullcontext():
         read = [list(read_conversations(file, settings.on_bad_line)) for file in files]
-    if len(read) == 2:
-        return {"train": read[0], "val": read[1]}
-    return dict(zip(("train", "val"), held_out(read[0], settings.val_share, place)))
+    if len(read) == 1:
+        read = held_out(read[0], settings.val_share, place)
+    return dict(zip(SPLITS, read))
 
 
 def held_out(items: list, share: float, place: Path) -> tuple[list, list]:

@@ -53,9 +53,9 @@ STAGES = (
     Stage("lora", "the same with 4 % of the weights", "sft.py --lora_rank 8 --lora_alpha 16 --steps 60 "
           "--out runs/lora", 2, f"--batch_size 8 {TRY}"),
     Stage("pairs", "it answers 2,000 prompts eight times; a rule tells best from worst", "dpo.py --make_pairs",
-          7, "--prompts 60 --samples 4 --margin 0.05", samples=True),
+          7, "--prompts 100 --samples 2 --chosen author", samples=True),
     Stage("dpo", "it prefers the better of its answers", "dpo.py", 3,
-          f"--steps 10 --samples_of_questions 1 {TRY} --prompts 60 --samples 4 --margin 0.05"),
+          f"--steps 10 --samples_of_questions 1 {TRY}"),
     Stage("reward", "a model of which answer is better", "ppo.py --train_reward_model", 2, "--steps 10"),
     Stage("ppo", "it is rewarded by that model", "ppo.py", 6, f"--steps 3 {TRY}"),
     Stage("sums", "problems with an exact answer, and a model for them", "arithmetic.py --overwrite", 0.1,

@@ -96,7 +96,7 @@ class Loop(Compute):
     spike: float = 20.0  # a loss so many deviations above the median of the last 100 steps' rolls the run
                          # back; 0: no loss does, unless it is not finite
     max_rollbacks: int = 5  # give up after so many
-    seed: int = 0
+    seed: int = 0  # of the first weights, the order of the windows, and all else that is drawn
     chunked_loss: bool = True  # never hold the logits of all tokens; --no-chunked_loss is for comparison
     eval_every: int = 0  # steps between evaluations on the whole validation split; 0: at the end only
     save_every: int = 100  # steps between states; the last two are kept, and the best by held-out loss

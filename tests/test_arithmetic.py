@@ -9,6 +9,7 @@ import tokenizers
 import torch
 
 import arithmetic
+import rollouts
 from arithmetic import how_many, in_words, mean_and_error, problem, sums, tokenizer_for_sums
 from bpe import Tokenizer
 from chat import CHATML, read_conversations, render, with_chat_tokens
@@ -196,10 +197,11 @@ def test_right_replies_are_counted(tmp_path, monkeypatch):
     said = [one["messages"][-1]["content"] if number % 2 else "<answer>0</answer>"
             for number, one in enumerate(asked)]
     tokenizer = with_chat_tokens(tokenizer_for_sums())
-    monkeypatch.setattr(arithmetic, "open_model", lambda folder: (torch.nn.Identity(), tokenizer))
-    monkeypatch.setattr(arithmetic, "answers", lambda *some, **more: [(text, True) for text in said])
-    monkeypatch.setattr(arithmetic, "sample_replies", lambda *some, **more: [
-        [{"text": text, "ended": True}, {"text": "98", "ended": True}] for text in said])
-    found = arithmetic.measure("x", asked, arithmetic.Settings())
+    monkeypatch.setattr(arithmetic, "open_model", lambda folder: (torch.nn.ModuleDict(
+        {"lm_head": torch.nn.Linear(1, 1)}), tokenizer))
+    monkeypatch.setattr(rollouts, "sample_replies", lambda model, prompts, *some: [
+        [{"text": answer, "ended": True, "ids": [0]} for answer in ([text] if some[2] == 1 else [text, "98"])]
+        for text in said])
+    found = arithmetic.measure("x", asked, arithmetic.Settings(samples=2))
     assert found["exact, greedy"] == found["format, greedy"] == [0, 1] * 3
     assert found["exact, sampled"] == [0, 0.5] * 3

@@ -302,14 +302,14 @@ def test_replies_to_a_prompt_stand_side_by_side_in_the_order_of_the_prompts():
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
 def test_log_probabilities_when_drawn_are_those_when_scored(temperature):
     model, found = model_for(), []
-    original = ppo.roll_out.__globals__["sample_replies"]
+    original = roll_out.__globals__["sample_replies"]
 
     def noted(*args):
         replies = original(*args)
         found.extend((reply["ids"], reply["logp"]) for group in replies for reply in group)
         return replies
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ppo.roll_out.__globals__, "sample_replies", noted)
+        patch.setitem(roll_out.__globals__, "sample_replies", noted)
         rollout = rollout_of(model, temperature=temperature)
     with torch.no_grad():
         logps, _, _ = read_replies(model, *lay_out(rollout, range(len(rollout)), 96), temperature)

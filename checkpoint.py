@@ -32,6 +32,7 @@ import metaspace
 from bpe import END_OF_TEXT, Tokenizer, Unsupported
 from config import UserError, file_checksum, open_whole, sync_folder
 from model import ModelConfig, Transformer
+from tokenizer_files import without_twins
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Tensors: the safetensors format
@@ -104,7 +105,7 @@ def read_header(path) -> tuple[dict[str, Entry], dict[str, str]]:
                             f"a header of {length} bytes in a file of {size}")
         text = file.read(length)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_twins)
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
         metadata = header.pop("__metadata__", {})
@@ -119,12 +120,6 @@ def read_header(path) -> tuple[dict[str, Entry], dict[str, str]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     return entries, metadata
-
-
-def without_duplicates(pairs: list[tuple]) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("it names something twice")
-    return dict(pairs)
 
 
 def checked_entry(name: str, info, data_start: int) -> Entry:
@@ -328,7 +323,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
 
 def read_index(index: Path) -> dict[str, str]:
     """{name of a tensor: name of the file that holds it}, all of them files that are there."""
-    listed = read_json(index, object_pairs_hook=without_duplicates).get("weight_map")
+    listed = read_json(index, object_pairs_hook=without_twins).get("weight_map")
     if not (listed and isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values())):
         raise UserError(f"{index} has no weight_map of tensors to files")
     names = sorted(set(listed.values()))

@@ -3,10 +3,11 @@
     python classifier.py --good reference.jsonl --bad junk.jsonl       # learns; prints precision and recall
     python classifier.py                                               # offline: docstrings, and spoiled ones
 
-A text is the mean of the weights of its n-grams, and a sigmoid (Joulin et al. 2016, "Bag of Tricks for
-Efficient Text Classification", https://arxiv.org/abs/1607.01759; without fastText's hidden layer, which has
-no bend in it and for two classes adds nothing). Trained in seconds, it judges megabytes a second: the filter
-of GPT-3's corpus, DCLM and others, for quality or for toxicity, by what is given as good and bad.
+A text is the sum of the weights of its n-grams over the root of their number, and a sigmoid (Joulin et al.
+2016, "Bag of Tricks for Efficient Text Classification", https://arxiv.org/abs/1607.01759; there a mean, and a
+hidden layer, which has no bend in it and for two classes adds nothing). Trained in seconds, it judges
+megabytes a second: the filter of GPT-3's corpus, DCLM and others, for quality or for toxicity, by what is
+given as good and bad.
 
 The data is cut in three: texts to learn from, texts on which the threshold is chosen, so that the stated
 share of what is kept is good (precision), and texts on which both are measured. Three classifiers of
@@ -22,6 +23,8 @@ import numpy as np
 import config
 from config import UserError
 from ngrams import character_ngrams, load_arrays, prose, save_arrays, word_ngrams
+
+# ---- 1. The classifier -------------------------------------------------------------------------------------
 
 BITS = 18
 FEATURES = {  # (n-grams of words, n-grams of characters) by their lengths

@@ -27,6 +27,9 @@ SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".py")  # .json: one document a li
 MOST_BYTES = 64 * 2**20  # of a document, or a line of JSON: this bounds the memory that reading takes
 
 
+# ---- 1. Reading --------------------------------------------------------------------------------------------
+
+
 def read_documents(paths: Iterable[str | Path], on_bad_line: str = "stop") -> Iterator[dict]:
     """Yield every document of `paths`: {"text": …, "source": where it came from, and the keys it had}.
 
@@ -251,7 +254,7 @@ def digest(text: str, size: int = 16) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
-# ---- Writing -----------------------------------------------------------------------------------------------
+# ---- 2. Writing --------------------------------------------------------------------------------------------
 
 
 def write_documents(path: str | Path, documents: Iterable[dict]) -> None:

@@ -117,7 +117,7 @@ def without_twins(pairs: list[tuple]) -> dict:
     """A JSON object as a dict. Of a name that stands twice, and so has two values, a dict would keep one."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise UserError(f"{most_frequent(name for name, _ in pairs)!r} stands twice in one object")
+        raise UserError(f"{most_frequent(name for name, _ in pairs)!r:.100} stands twice in one object")
     return content
 
 

@@ -149,7 +149,7 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
     ({"a": {"dtype": "F32"}}, b"", "the header's entry for tensor a is {'dtype': 'F32'}"),
     ({"a": [1]}, b"", r"the header's entry for tensor a is \[1\]"),
     ({"a": entry(offsets=("0", "4"))}, b"1234", "the header's entry for tensor a"),
-    (b'{"a": 1, "a": 2}', b"", "it names something twice"),
+    (b'{"a": 1, "a": 2}', b"", "'a' stands twice in one object"),
     (b"[]", b"", "its header is not a JSON object"),
     (b'{"a"', b"", "is damaged: "),
     (b"\xff\xff", b"", "is damaged: "),
@@ -403,7 +403,7 @@ HEAD = "lm_head.weight"
     (lambda index: {**index, HEAD: ".."}, "lists '..', which is no safetensors file of this folder"),
     (lambda index: {**index, HEAD: "model.bin"}, "lists 'model.bin', which is no safetensors file"),
     (lambda index: json.dumps({"weight_map": index}).replace('{"model', '{"lm_head.weight": "a", "model', 1),
-     "names something twice"),
+     "'lm_head.weight' stands twice in one object"),
     (lambda index: "[]", "it is not a JSON object"), (lambda index: "{", "damaged")])
 def test_an_index_that_is_not_of_its_folder_is_one_line(tmp_path, change, message):
     _, index = shards(tmp_path)

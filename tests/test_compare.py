@@ -106,6 +106,8 @@ def test_the_command_is_bpe_py_compare(folder, monkeypatch, capsys):
     assert code == 0 and "bytes.json: 7 tokens\nl|o|w| |春³" in output, errors
     for words, message in ((["compare"], "no tokenizer is named"),
                            (["compare", folder / "absent.json"], "absent.json"),
+                           (["compare", "a", "--show", "b", "--top", 3], "--top 3 is for counting"),
+                           (["compare", "a", "--pattern", "qwen"], "--pattern qwen is for .tiktoken files"),
                            (["compare", folder / "bytes.json", "--text", folder / "absent"], "absent")):
         code, _, errors = in_process(monkeypatch, capsys, bpe.main, *words)
         assert code == 2 and errors.startswith("error: ") and message in errors

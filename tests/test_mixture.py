@@ -301,6 +301,8 @@ def test_the_command_writes_and_draws_a_mixture_or_says_in_a_line_why_not(tmp_pa
     assert code == 0 and "warning" not in text and "general ███" in text
     assert [source for source, _ in row(opened(out), 400)][318:324] == [0, 0, 0, 2, 0, 2]
     assert in_process(monkeypatch, capsys, mixture.main, "--mix", out, "--seq_len", 10)[0] == 0
+    code, _, errors = in_process(monkeypatch, capsys, mixture.main, "--mix", out, "--phases", "100% old")
+    assert code == 2 and "--phases '100% old' is of a mixture that is written" in errors
     for bad, complaint in ((["100% poems"], "'poems' is none of"), (["50% old"], "sum to 0.5"),
                            (["100% old:0.5"], "sum to 0.5, not 1"), (["100% old", "--out", out], "exists")):
         target = ["--out", tmp_path / "other.json"] if complaint != "exists" else []

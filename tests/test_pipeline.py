@@ -437,6 +437,7 @@ def test_a_line_of_any_length_takes_bounded_memory():
     ({"quality": "web", "rules": ("wrods=5:",)}, "wrods"), ({"rules": ("words=5:",)}, "needs --quality"),
     ({"quality": "poetry"}, "--quality poetry is not one of"), ({"near": 1.5}, "--near 1.5 is out of range"),
     ({"languages": "x"}, "pass both"), ({"ngram": 0}, "--ngram 0 is out of range"),
+    ({"ngram": 8}, "--ngram 8 is for --benchmark, and there is none; leave it out"),
     ({"shard_bytes": 0}, "--shard_bytes 0")])
 def test_settings_that_make_no_sense_are_refused(settings, complaint):
     with pytest.raises(UserError, match=complaint):

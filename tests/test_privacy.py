@@ -175,3 +175,7 @@ def test_the_command_prints_precision_and_recall_or_what_a_corpus_holds(tmp_path
     (tmp_path / "a.txt").write_text("ann@mail.org " * 6, encoding="utf-8")
     code, out, _ = in_process(monkeypatch, capsys, privacy.main, "--input", tmp_path)
     assert code == 0 and "EMAIL_ADDRESS          6   ann@mail.org" in out and "more than 5: 1 of 1" in out
+    for words, message in ((["--most", 3], "--most 3 is for --input"),
+                           (["--input", tmp_path, "--cases", "x"], "--cases x is measured without --input")):
+        code, _, err = in_process(monkeypatch, capsys, privacy.main, *words)
+        assert code == 2 and message in err

@@ -178,8 +178,8 @@ def measure(folder: str, asked: Sequence[dict], settings: Settings) -> dict[str,
         raise UserError(f"{folder} has no tokenizer.json that can be read")
     prompts = [render(one["messages"][:-1], tokenizer, True, template)[0] for one in asked]
     found, _ = answered(model, prompts, asked, Rewards(("exact", "format")), tokenizer,
-                     tokenizer.special_tokens[template.end], settings.samples, settings.max_new_tokens,
-                     seed=settings.seed, at_once=64)
+                        tokenizer.special_tokens[template.end], settings.samples, settings.max_new_tokens,
+                        seed=settings.seed, at_once=64)
     return {f"{name}, {how}": found[f"{how}: {name}"] for name in ("exact", "format")
             for how in ("greedy", "sampled")}
 

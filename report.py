@@ -203,7 +203,7 @@ def of_data(run: Run) -> str:
                  f"A model that needs fewer has found more in the text than they do.</p>\n")
     try:
         return text + (funnel.body(run.funnel) if run.funnel else "")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return f'{text}<p class="warn">report.json is damaged: it has no funnel that can be read</p>\n'
 
 

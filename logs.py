@@ -114,7 +114,7 @@ def read(folder: Path, name: str | None = None) -> Run:
         or next((kind for kind, (_, key) in KINDS.items() if key in run.series), "unknown")
     if not has_log and isinstance(part(run.meta, "train"), dict):
         run.kind = "data"
-        if not run.funnel:
+        if not (run.folder / "report.json").exists():
             run.problems.append("report.json is missing: what cleaning took away is not known")
     elif not has_log and made is not None:
         counts = made.get("counts")

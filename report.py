@@ -21,7 +21,7 @@ from config import UserError
 from logs import (ORDER, Run, chief_key, differences, figures, find, in_order, in_words, number, part, read,
                   smooth)
 from metrics import INTRODUCTIONS
-from page import Raw, bar, document, escape, printable, table
+from page import bar, document, escape, printable, table
 
 STYLE = plot.STYLE + """
 svg { background: none; max-width: 100%; } .chart { width: 100%; max-width: 44rem; height: auto; display: block; }

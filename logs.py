@@ -114,10 +114,11 @@ def read(folder: Path, name: str | None = None) -> Run:
         or next((kind for kind, (_, key) in KINDS.items() if key in run.series), "unknown")
     if not has_log and isinstance(part(run.meta, "train"), dict):
         run.kind = "data"
-        if not run.funnel:
+        if not (run.folder / "report.json").exists():
             run.problems.append("report.json is missing: what cleaning took away is not known")
     elif not has_log and made is not None:
-        run.kind, run.results = "pairs", part(made, "counts") or {}
+        counts = made.get("counts")
+        run.kind, run.results = "pairs", counts if isinstance(counts, dict) else {}
     elif not has_log:
         run.problems.append("log.jsonl is missing: no curve can be drawn")
     elif not run.settings and not any("settings.json" in words for words in run.problems):
@@ -182,7 +183,7 @@ def read_log(run: Run):
 
 def read_samples(run: Run):
     """Texts that the stage left in its results, or else those that the log's last line with any holds."""
-    found = run.results.pop("samples", None) if isinstance(run.results, dict) else None
+    found = run.results.pop("samples", None) if run.kind != "pairs" else None
     rows = found if isinstance(found, list) else run.samples if isinstance(run.samples, list) else []
     names = {"prompt": "prompt", "before": "before", "after": "after", "reply": "after", "author": "author"}
     run.samples = [{new: row[old] for old, new in names.items() if isinstance(row.get(old), str)}

@@ -88,8 +88,11 @@ def table(caption: str, heads: Sequence, rows: Iterable[Sequence], wide: bool = 
 
 
 def is_figure(cell: str) -> bool:
-    """Whether it is a number, perhaps with a unit or two, or nothing."""
-    return re.fullmatch(r"(?!\W*$)([-+−]?\d[\d.,]*(e[-+]?\d+)?( ?%| [A-Za-z]{1,4})? ?)+|–|", cell) is not None
+    """Whether it is a number, perhaps with a unit, several of these ("2 min 3 s"), or nothing."""
+    words = cell.split(" ")
+    return cell in ("", "–") or all(
+        re.fullmatch(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?%?" if i % 2 == 0 else "[A-Za-z]{1,4}|%", word)
+        for i, word in enumerate(words))
 
 
 def bar(share: float, lost: float = 0.0) -> Raw:

@@ -21,7 +21,7 @@ from config import UserError
 from logs import (ORDER, Run, chief_key, differences, figures, find, in_order, in_words, number, part, read,
                   smooth)
 from metrics import INTRODUCTIONS
-from page import Raw, bar, document, escape, printable, table
+from page import bar, document, escape, printable, table
 
 STYLE = plot.STYLE + """
 svg { background: none; max-width: 100%; } .chart { width: 100%; max-width: 44rem; height: auto; display: block; }
@@ -203,7 +203,7 @@ def of_data(run: Run) -> str:
                  f"A model that needs fewer has found more in the text than they do.</p>\n")
     try:
         return text + (funnel.body(run.funnel) if run.funnel else "")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return f'{text}<p class="warn">report.json is damaged: it has no funnel that can be read</p>\n'
 
 

@@ -207,6 +207,15 @@ def test_headings_tables_and_scrolling_parts_can_be_read_aloud(monkeypatch, caps
     assert made.tags[[name for name, _ in made.tags].index("a")][1] == {"class": "skip", "href": "#main"}
 
 
+def test_figures_stand_to_the_right_and_long_cells_are_no_trouble():
+    figures = ["1", "-2.5", "1,000", "1e-05", "0.5 GiB", "2 min 3 s", "198 of 300", "–", "", "12 %"]
+    assert all(map(page.is_figure, figures))
+    assert not any(map(page.is_figure, ["a", "1 better, 2 worse", "runs/base", "-", "1 2", "x 1"]))
+    began = time.perf_counter()
+    assert not page.is_figure("1" * 100_000 + "x") and not page.is_figure("1 s " * 20_000 + "!")
+    assert time.perf_counter() - began < 2, "an expression that tries all ways to cut the cell"
+
+
 def luminance(colour):
     """WCAG 2.1's relative luminance of #rrggbb."""
     parts = (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
@@ -310,6 +319,13 @@ def test_data_whose_report_is_damaged_opens(tmp_path):
     (tmp_path / "data" / "meta.json").write_text(meta, encoding="utf-8")
     (tmp_path / "data" / "report.json").write_text('{"read": 3}', encoding="utf-8")
     assert "report.json is damaged" in report.page([logs.read(tmp_path / "data")], compared=False)
+
+
+@pytest.mark.parametrize("made", ["{}", '{"counts": 3}', '{"counts": {"train pairs": "x", "samples": 5}}', "[]"])
+def test_pairs_whose_counts_are_damaged_open(tmp_path, made):
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "made.json").write_text(made, encoding="utf-8")
+    Page(report.page([logs.read(tmp_path / "pairs")], compared=False))
 
 
 def test_no_such_folder_and_no_runs_end_in_one_line_and_code_2(monkeypatch, capsys, tmp_path):

@@ -204,7 +204,7 @@ def in_order(runs: Sequence[Run]) -> list[Run]:
             run = parent
         return False
     return sorted(runs, key=lambda run: (run.kind == "distillation", apart(run), ORDER.index(run.kind),
-                                         run.name))
+                                         bool(run.settings.get("lora_rank")), run.name))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -507,7 +507,8 @@ def signature(node: ast.FunctionDef) -> str:
 def run_tests(exercise, folder: Path, seconds: float) -> int | None:
     """The exit code of the exercise's tests in that folder; None where they had to be stopped."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1",
+                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # what else is installed takes seconds, or shuffles
     group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else \
         {"start_new_session": True}
     with open(folder / "output", "wb") as output:
@@ -630,13 +631,13 @@ def why(exercise, answer: Answer, result: Result) -> str:
     missing = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", message)
     if missing and not own:
         raise UserError(f"the tests need the package {missing[1]}: pip install -r requirements-dev.txt")
-    said = shorter(message)
+    said = shorter(message.removeprefix("AssertionError: ").removeprefix("Failed: "))
     if message.startswith(("AssertionError", "Failed:", "assert ")) and not (own and own[-1] == frames[-1]):
         return f"the test says: {said}"
     if own and own[-1] == frames[-1]:
-        return f"{in_words(own[-1], answer, 'raised ' + said)}"
+        return in_words(own[-1], answer, f"raised {shorter(message)}")
     if own:
-        return f"{in_words(own[-1], answer, 'called what raised ' + said)}"
+        return in_words(own[-1], answer, f"called what raised {shorter(message)}")
     return f"what uses it failed{in_frame(frames)}: {said}"
 
 
@@ -655,7 +656,7 @@ def shorter(message: str) -> str:
     """The words of an error: without pytest's repetition of the assertion, where there are words."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     words = [line for line in itertools.takewhile(lambda line: not line.startswith("assert "), lines)]
-    text = "; ".join(words[:4] or lines[:1]).removeprefix("AssertionError: ").removeprefix("Failed: ")
+    text = "; ".join(words[:4] or lines[:1])
     return text if len(text) <= 400 else text[:400] + " …"
 
 

@@ -218,14 +218,14 @@ EXERCISES: tuple[Exercise, ...] = (
         "self-attention", "model.py", "Attention.forward", "from the stream to heads and back, with a cache", 25,
         "middle", {
             "test_model.py::test_only_distances_between_positions_matter_to_the_model":
-                "Moved as a whole, a text must give the same logits: are queries and keys both turned by rope?",
+                "Moved as a whole, a text must give the same logits: are queries and keys both turned by rope, and "
+                "values not?",
             "test_model.py::test_prefill_in_chunks_equals_one_pass":
                 "In chunks it is not as in one pass: do keys go into the cache already turned, and are those "
-                "that come back from it used?",
+                "that come back from it used? Are heads transposed to (B, T, H, D) again, back before o_proj?",
             "test_model.py::test_logits_equal_those_of_transformers":
                 "The logits differ from transformers': (B, T, H D) is seen as (B, T, H, D) and then transposed "
-                "to (B, H, T, D), and back before o_proj; q_norm and k_norm come before rope; values are not "
-                "turned."},
+                "to (B, H, T, D), and back; q_norm and k_norm come before rope."},
         ("Project, cut into heads, norm, turn, remember, attend, join the heads, project.",
          "x.view(B, T, -1, head_dim).transpose(1, 2) makes heads; rotate(q, *rope) turns.")),
     # ---- files
@@ -235,7 +235,8 @@ EXERCISES: tuple[Exercise, ...] = (
                 "The bytes are not those of the format: eight bytes of length, little-endian; a JSON header with "
                 "data_offsets [begin, end] counted from behind it; spaces up to a multiple of 8; then the data.",
             "test_checkpoint.py::test_each_tensor_lies_at_a_multiple_of_its_width":
-                "A tensor begins where its type may not: `write_order` puts the widest first, header and data.",
+                "A tensor begins where its type may not: `write_order` puts the widest first, header and data; and "
+                "data_offsets are [begin, end], not begin and size.",
             "test_checkpoint.py::test_what_is_written_is_read_back_bit_for_bit":
                 "Not all comes back: metadata under __metadata__, names in any language (UTF-8), empty shapes.",
             "test_checkpoint.py::test_the_safetensors_package_reads_what_we_write":
@@ -254,14 +255,14 @@ EXERCISES: tuple[Exercise, ...] = (
          "find() both roots; the greater one's parent becomes the smaller one.")),
     Exercise(
         "minhash", "dedup.py", "smallest", "signatures in which equality estimates similarity", 30, "hard", {
+            "test_dedup.py::test_signatures_are_uint32_and_a_function_of_text_and_seed_alone":
+                "The signatures are not (texts, functions) of uint32, or depend on the texts beside.",
             "test_dedup.py::test_estimates_lie_within_the_error_of_the_theory_as_datasketch_s_do":
                 "The share of equal columns must estimate the Jaccard similarity: is it biased, as hashes of few "
                 "bits tie, or are the columns not independent, as functions are alike?",
             "test_dedup.py::test_empty_documents_absorb_nothing":
                 "A text without n-grams has 2^32 - 1 throughout, and is similar to nobody: reduceat takes a "
-                "neighbour's hash for a text without any.",
-            "test_dedup.py::test_signatures_are_uint32_and_a_function_of_text_and_seed_alone":
-                "The signatures are not (texts, functions) of uint32, or depend on the texts beside."},
+                "neighbour's hash for a text without any."},
         ("For one function: hash all n-grams, and take the minimum of each text's stretch.",
          "np.minimum.reduceat(values, starts) does so, where starts are cumsum(counts) - counts.",
          "reduceat misreads empty stretches: leave texts of count 0 out, they keep 2^32 - 1.")),
@@ -276,7 +277,7 @@ EXERCISES: tuple[Exercise, ...] = (
         "find-pii", "privacy.py", "find_pii", "finds that overlap, of which one counts", 15, "easy", {
             "test_privacy.py::test_overlapping_finds_count_once":
                 "Of two finds that overlap the earlier counts, or of two that begin together the longer: are "
-                "both kept, or the shorter?",
+                "both kept, or the shorter? Are finds sorted, and all of keys, emails, numbers and ipv6 asked?",
             "test_privacy.py::test_masking_twice_equals_masking_once":
                 "Masked text was masked again, or finds were not in order: are they sorted by their start?",
             "test_privacy.py::test_each_kind_has_its_placeholder_and_its_count":
@@ -319,9 +320,8 @@ EXERCISES: tuple[Exercise, ...] = (
                 "together with the reply, or add_generation_prompt not passed on?",
             "test_chat.py::test_what_is_no_conversation_is_refused_in_one_line":
                 "Messages that are no conversation must raise UserError: is check_messages called?",
-            "test_chat.py::test_transformers_gives_the_same_ids_and_the_same_mask":
-                "transformers gives other ids: pieces that are learnt alike, or not learnt, are encoded together, "
-                "each on its own only where that changes."},
+            "test_chat.py::test_each_template_writes_its_form_and_learns_replies_with_their_end":
+                "A template's text or its replies are wrong: is the template passed on to `pieces`?"},
         ("`pieces` yields (text, tokens that it may spell, learnt); `encode` turns a run of them into ids.",
          "itertools.groupby over the pieces by whether they are learnt gives the runs.")),
     # ---- training
@@ -365,23 +365,23 @@ EXERCISES: tuple[Exercise, ...] = (
                 "A rearranged piece ends with one end-of-text: is it missing, or twice there, within the text?",
             "test_objectives.py::test_undone_every_piece_gives_its_text_back_byte_for_byte":
                 "Put in order again, the pieces are not the text: is one lost, or more than `size` returned?",
-            "test_objectives.py::test_the_shares_are_those_asked_for":
-                "The share of rearranged pieces is not `rate`, that of SPM among them not spm_rate: is there a "
-                "draw for each piece?"},
+            "test_objectives.py::test_whether_a_piece_is_rearranged_is_drawn_for_each_piece":
+                "All pieces of a window are rearranged or none is: there is a draw for each piece."},
         ("Go through `pieces`; what is rearranged is a piece's text, without its end-of-text.",
          "parts() cuts, shortened() makes them fit, arrange() puts them in order with the sentinels.",
          "room is size - len(result) - 4; draw `generator.random() < rate` only where there is text and room.")),
     Exercise(
         "muon", "optim.py", "orthogonalize", "all singular values near one, by matrix products alone", 20, "middle", {
             "test_optim.py::test_the_size_of_the_gradient_does_not_matter":
-                "The iteration converges for singular values up to 1: is the matrix divided by its norm first?",
+                "The iteration converges for singular values up to 1: is the matrix divided by its norm first, is "
+                "gram @ gram a product of matrices, and are a, b, c in their places?",
+            "test_optim.py::test_zeros_give_zeros_and_do_not_harm_their_neighbours":
+                "A matrix of zeros has the norm 0: divide by a little more.",
             "test_optim.py::test_a_batch_equals_its_matrices_one_at_a_time":
                 "A matrix must not feel its neighbours: has each matrix a norm of its own?",
             "test_optim.py::test_singular_values_go_through_the_polynomial_and_singular_vectors_stay":
                 "Singular values must go through a s + b s^3 + c s^5, `steps` times: is gram @ gram a product of "
                 "matrices, and are a, b, c in their places?",
-            "test_optim.py::test_zeros_give_zeros_and_do_not_harm_their_neighbours":
-                "A matrix of zeros has the norm 0: divide by a little more.",
             "test_optim.py::test_the_direction_equals_torchs":
                 "It is not torch's direction: is a tall matrix transposed before and after?"},
         ("x xᵀ has the squares of the singular values; a polynomial of it times x changes them alone.",
@@ -390,7 +390,8 @@ EXERCISES: tuple[Exercise, ...] = (
         "learning-rate", "optim.py", "learning_rate", "warm-up and four ways down", 25, "easy", {
             "test_optim.py::test_the_rate_rises_linearly_to_the_peak_and_then_never_again":
                 "The warm-up goes from peak / (warmup_steps + 1) at step 0 to the peak at step warmup_steps: is "
-                "it one step off, and the first step made with rate 0?",
+                "it one step off, and the first step made with rate 0? Afterwards it never rises again, not even at "
+                "step `steps`: is the last step taken for the end?",
             "test_optim.py::test_the_step_after_the_last_would_have_the_final_rate_and_no_step_has_none":
                 "Step `steps`, the first that is not made, would have final_lr x peak: does the last step have "
                 "it already, and so perhaps none?",
@@ -417,8 +418,8 @@ EXERCISES: tuple[Exercise, ...] = (
                 "The scale of fp16 must be divided out again before clipping.",
             "test_train.py::test_with_a_loss_scale_an_overflow_skips_the_step_and_lowers_the_scale":
                 "An overflow skips the step, and tells the scaler.",
-            "test_train.py::test_the_loop_overfits_three_batches":
-                "It does not learn: are old gradients zeroed first, and each group's rate set to lr x lr_scale?"},
+            "test_train.py::test_an_update_knows_nothing_of_the_gradients_before_it":
+                "A second update has another gradient than the first: are old gradients zeroed?"},
         ("Zero the gradients; backward for each micro-batch's sum; divide by the count; clip; step.",
          "Totals adds up what losses return; over_all() gives sum, count and figures of all processes.",
          "torch averages gradients over processes: so multiply by env.data_world_size / count (/ scale).")),

@@ -258,6 +258,7 @@ def test_empty_documents_absorb_nothing():
     assert near_duplicates(["", "a text of more than five words", " \n", "", "b"]).tolist() == [0, 1, 2, 3, 4]
     assert near_duplicates([]).tolist() == [] and minhash([], 8, 5).shape == (0, 8)
     assert (minhash([""], 8, 5) == 2 ** 32 - 1).all()
+    assert (minhash(["", "a b c", "", ""], 8, 1)[[0, 2, 3]] == 2 ** 32 - 1).all(), "it has a neighbour's hashes"
 
 
 def test_many_copies_of_a_text_take_linear_time():

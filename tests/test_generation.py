@@ -90,7 +90,8 @@ def test_a_token_without_probability_is_never_drawn_and_the_last_one_can_be():
             assert draw(probs[:1], None).item() == token
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
-        assert draw(torch.tensor([[1.0, 1e-9]]), None).item() == 1, "1 + 1e-9 is 1 in float32"
+        probs = torch.tensor([[0.5, 0.5 - 2 ** -25, 2 ** -25]])
+        assert draw(probs, None).item() == 2, "in float32 the first two add up to 1"
 
 
 def test_of_equal_logits_top_k_keeps_k():

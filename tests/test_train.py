@@ -187,6 +187,14 @@ def test_accumulating_micro_batches_equals_one_batch_although_their_targets_diff
         "is the mean taken of each micro-batch instead of over all?"
 
 
+def test_an_update_knows_nothing_of_the_gradients_before_it(tmp_path):
+    model, settings = small_model(), settings_for(tmp_path)
+    optimizer = train.make_optimizer(model, settings)
+    norms = [train.update(model, optimizer, [random_batch(2)], train.next_token_loss, settings, CPU, 0.0)["grad_norm"]
+             for _ in range(2)]  # at rate 0 no weight moves
+    assert norms[0] == norms[1], "are old gradients added to new ones?"
+
+
 def test_the_gradient_norm_is_global_and_clipped_once_after_accumulation(tmp_path, monkeypatch):
     inputs, targets = random_batch(4)
     settings = settings_for(tmp_path, clip=0.01)

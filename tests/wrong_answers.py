@@ -196,7 +196,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
             '{"__metadata__": dict(metadata)}': "dict(metadata)"}),
         Wrong("all values at once", "before their turn", {
             "names = write_order(tensors)":
-            "tensors = {name: raw_bytes(x) and x for name, x in tensors.items()}; names = write_order(tensors)"}),
+            "names = write_order(tensors); held = [raw_bytes(tensors[name]) for name in names]",
+            "file.write(raw_bytes(tensors[name]))": "file.write(held[names.index(name)])"}),
     ),
     # ---- clean text
     "union-find": (
@@ -210,7 +211,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     "minhash": (
         Wrong("hashes of few bits", "biased", {
             "np.add(values, offset, out=values)": "np.add(values, offset, out=values); values &= np.uint32(127)"}),
-        Wrong("functions that only add", "independent", {"np.multiply(x, factor, out=values)": "values[:] = x"}),
+        Wrong("all functions are one", "independent", {
+            "zip(signatures, factors, offsets)": "zip(signatures, [factors[0]] * len(factors), [offsets[0]] * len(factors))"}),
         Wrong("an empty text takes its neighbour's", "reduceat", {
             "row[filled] = np.minimum.reduceat(values, starts)":
             "row[:] = np.minimum.reduceat(values, np.minimum(np.cumsum(counts) - counts, len(values) - 1))"}),
@@ -256,7 +258,7 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
         Wrong("what overlaps counts twice", "counts once", {"if window > 0:": "if False:"}),
     ),
     "render": (
-        Wrong("the prompt is learnt too", "prompt is learnt", {"[learnt] * len(new)": "[True] * len(new)"}),
+        Wrong("the prompt is learnt too", "prompt learnt", {"[learnt] * len(new)": "[True] * len(new)"}),
         Wrong("the mask is shifted", "shifted", {"return ids, mask": "return ids, [*mask[1:], False]"}),
         Wrong("no header for the reply to come", "add_generation_prompt", {
             "groupby(pieces(messages, add_generation_prompt, template)": "groupby(pieces(messages, False, template)"}),

@@ -143,7 +143,7 @@ def blank(source: bytes, function: str, name: str) -> bytes:
     node, lines = find(source, function).node, source.splitlines(keepends=True)
     has_docstring = ast.get_docstring(node, clean=False) is not None
     statement, last = node.body[has_docstring], node.body[-1]
-    assert not has_docstring or node.body[0].end_lineno < first_line(statement), f"{function}: one line for two"
+    assert not has_docstring or node.body[0].end_lineno < first_line(statement), function
     row = first_line(statement) - 1
     before = lines[row][:statement.col_offset]  # the indent; all of `def f(x): ` too, if that is on the line
     start = node.body[0].end_lineno if has_docstring else row  # comments between the two would tell
@@ -209,7 +209,7 @@ def checksum(content: bytes) -> str:
 
 
 def open_my() -> dict:
-    """What is recorded of my/; the folder is made if it is missing, and what was not touched there renewed."""
+    """What is recorded of my/; the folder is made if missing, what was not touched there is renewed."""
     if not MY.exists():
         whole = MY.with_name("my.tmp")
         shutil.rmtree(whole, ignore_errors=True)  # a copy that was stopped in the middle
@@ -380,8 +380,8 @@ def show_list(exercises: dict):
         if exercise.file != last:
             print(f"\n{exercise.file}" if last else exercise.file)
         last = exercise.file
-        print(f"  {exercise.name:<20} {status(exercise, done):<8}{exercise.level:<7}{exercise.minutes:>3} min  "
-              f"{exercise.learns}")
+        print(f"  {exercise.name:<20} {status(exercise, done):<8}{exercise.level:<7}{exercise.minutes:>3} min"
+              f"  {exercise.learns}")
     following = first_open(exercises, done)
     if following:
         print(f"\n{'go on with' if done else 'begin with'}: python exercise.py start {following.name}")
@@ -403,7 +403,8 @@ def show_progress(exercises: dict):
     for file, marks in rows:
         passed, started, count = marks.count("passed"), marks.count("started"), len(marks)
         width = 30 if file == "all" else count
-        bar = ("#" * (width * passed // count)).ljust(width * (passed + started) // count, "-").ljust(width, ".")
+        bar = ("#" * (width * passed // count)).ljust(width * (passed + started) // count, "-")
+        bar = bar.ljust(width, ".")
         print(f"{file:<20} {passed:>3} of {count:<3} passed, {started} started  [{bar}]")
     minutes = sum(entry.get("minutes", 0) for entry in done.values())
     print(f"{minutes:.0f} minutes from start to pass, all in all" if minutes else
@@ -469,7 +470,7 @@ def congratulate(exercise, exercises: dict):
         entry = record(exercise, passed=now, minutes=minutes)
         print(f"{minutes:.0f} minutes since you began" if minutes is not None else "well done")
     following = first_open(exercises, read_state()["exercises"], exercise.name)
-    print(f"next: python exercise.py start {following.name}" if following else "that was the last of them all")
+    print(f"next: python exercise.py start {following.name}" if following else "that was the last")
 
 
 def prepare(exercise, exercises: dict, source: bytes, original: bytes) -> Answer:
@@ -482,9 +483,9 @@ def prepare(exercise, exercises: dict, source: bytes, original: bytes) -> Answer
         text = lines[line - 1].decode("utf-8", "replace").strip() if line <= len(lines) else ""
         return Answer(source, [], f"{here} is no Python, SyntaxError in line {line}: {error.msg}\n    {text}")
     if place is None:
-        return Answer(source, [], f"{here} has no function {exercise.function} any more; it must keep its name")
+        return Answer(source, [], f"{here} has no {exercise.function} any more; it must keep its name")
     if is_blank(place.node, exercise.name):
-        return Answer(source, [], f"{exercise.function} is still to be written: NotImplementedError in {here}, "
+        return Answer(source, [], f"{exercise.function} is still to be written: NotImplementedError, {here}, "
                                   f"line {place.node.body[-1].lineno}")
     wanted, given = signature(find(original, exercise.function).node), signature(place.node)
     if wanted != given:
@@ -508,13 +509,13 @@ def run_tests(exercise, folder: Path, seconds: float) -> int | None:
     """The exit code of the exercise's tests in that folder; None where they had to be stopped."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1",
-                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # what else is installed takes seconds, or shuffles
+                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others take seconds, or shuffle
     group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else \
         {"start_new_session": True}
     with open(folder / "output", "wb") as output:
-        process = subprocess.Popen([sys.executable, "-m", "pytest", *pytest_words(exercise, seconds)], cwd=folder,
-                                   env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   **group)
+        process = subprocess.Popen([sys.executable, "-m", "pytest", *pytest_words(exercise, seconds)],
+                                   cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+                                   stdout=output, stderr=output, **group)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -552,7 +553,8 @@ def judge(exercise, answer: Answer, folder: Path, code: int | None, seconds: flo
     if code is None:
         places = frames_in(output, exercise)  # the latest call first
         words = f"It was stopped after {seconds:g} seconds: is there a loop that never ends?"
-        return Verdict(False, words + (f"\n  it was in {in_words(places[0], answer)}" if places else ""), output)
+        where = f"\n  it was in {in_words(places[0], answer)}" if places else ""
+        return Verdict(False, words + where, output)
     try:
         results = read_report(folder / "report.xml", exercise, answer, folder)
     except (OSError, ElementTree.ParseError):
@@ -616,7 +618,7 @@ def without_report(code: int, output: str) -> str:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"It ended Python with {name}: was memory written where there is none, or a process killed?"
-    return f"It ended Python before the tests were through (exit code {code}): is there a sys.exit or os._exit?"
+    return f"It ended Python before the tests were through (exit code {code}): is there an os._exit?"
 
 
 def why(exercise, answer: Answer, result: Result) -> str:
@@ -662,7 +664,7 @@ def shorter(message: str) -> str:
 
 def frames_in(text: str, exercise=None) -> list[tuple[str, int]]:
     """(file, line) of the calls in a traceback, of the product's files alone; of the exercise's, if given."""
-    found = re.findall(r'File "([^"\n]+)", line (\d+)|^(?:[|E] +)?([\w/\\.]+\.py):(\d+): ', text, re.MULTILINE)
+    found = re.findall(r'(?m)File "([^"\n]+)", line (\d+)|^(?:[|E] +)?([\w/\\.]+\.py):(\d+): ', text)
     places = [(file or other, int(line or number)) for file, line, other, number in found]
     return [(file.replace("\\", "/"), line) for file, line in places if not Path(file).is_absolute()
             and (exercise is None or file == f"my/{exercise.file}")]
@@ -671,8 +673,9 @@ def frames_in(text: str, exercise=None) -> list[tuple[str, int]]:
 def in_words(place: tuple[str, int], answer: Answer, what: str = "") -> str:
     """A line of the learner's file, and what happened there."""
     line = place[1]
-    text = next((text for number, text in zip(answer.numbers, answer.content.splitlines()) if number == line), b"")
-    return f"{place[0]}, line {line}{', ' * bool(what)}{what}\n      {text.decode('utf-8', 'replace').strip()}"
+    lines = dict(zip(reversed(answer.numbers), reversed(answer.content.splitlines())))
+    text = lines.get(line, b"").decode("utf-8", "replace").strip()
+    return f"{place[0]}, line {line}{', ' * bool(what)}{what}\n      {text}"
 
 
 if __name__ == "__main__":

@@ -194,10 +194,6 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
         Wrong("in the order they came", "write_order", {"names = write_order(tensors)": "names = list(tensors)"}),
         Wrong("metadata stands beside the tensors", "__metadata__", {
             '{"__metadata__": dict(metadata)}': "dict(metadata)"}),
-        Wrong("all values at once", "before their turn", {
-            "names = write_order(tensors)":
-            "names = write_order(tensors); held = [raw_bytes(tensors[name]) for name in names]",
-            "file.write(raw_bytes(tensors[name]))": "file.write(held[names.index(name)])"}),
     ),
     # ---- clean text
     "union-find": (

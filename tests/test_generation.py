@@ -88,6 +88,10 @@ def test_a_token_without_probability_is_never_drawn_and_the_last_one_can_be():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, u, dtype=torch.float64))
             assert draw(probs[:1], None).item() == token
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
+        probs = torch.tensor([[0.5, 0.5 - 2 ** -25, 2 ** -25]])
+        assert draw(probs, None).item() == 2, "in float32 the first two add up to 1"
 
 
 def test_of_equal_logits_top_k_keeps_k():

@@ -343,6 +343,13 @@ def test_cuts_in_token_space_keep_the_tokens():
     assert all(within(count, 800, 1 / len(cuts)) for count in cuts.values()), cuts
 
 
+def test_whether_a_piece_is_rearranged_is_drawn_for_each_piece():
+    rows = [[*FIM.encode("the cat"), END] * 6] * 40
+    filled = ids_of(*fill_in(rows, 120, rate=0.5, cut="tokens").at(0))
+    kinds = [{kind == "plain" for kind, *_ in undo(row)} for row in filled]
+    assert sum(len(both) == 2 for both in kinds) > 30, "of 40 windows of 6 pieces 1 in 32 is all of one kind"
+
+
 def test_where_there_is_no_text_there_is_nothing_to_fill_in():
     row, = ids_of(*fill_in([[END, END, *FIM.encode("the cat"), END]], 40, rate=1.0).at(0))
     assert row[:2] == [END, END] and row[2] == PRE

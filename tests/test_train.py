@@ -134,6 +134,12 @@ def test_the_loss_that_holds_no_logits_equals_the_plain_one_and_so_do_its_gradie
         torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-12)  # float64
 
 
+def test_large_logits_give_no_infinity():
+    hidden, weight = torch.tensor([[100.0], [100.0]]), torch.tensor([[3.0], [1.0], [-1.0]])  # logits 300, …
+    loss = objectives.linear_cross_entropy(hidden, weight, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(0 + 200), "exp(300) is infinite in float32"
+
+
 @pytest.mark.parametrize("chunked", [True, False])
 def test_passing_over_tokens_without_loss_changes_neither_the_loss_nor_a_gradient(chunked):
     inputs, targets = random_batch(3)
@@ -179,6 +185,14 @@ def test_accumulating_micro_batches_equals_one_batch_although_their_targets_diff
     assert summed["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert summed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5), \
         "is the mean taken of each micro-batch instead of over all?"
+
+
+def test_an_update_knows_nothing_of_the_gradients_before_it(tmp_path):
+    model, settings = small_model(), settings_for(tmp_path)
+    optimizer = train.make_optimizer(model, settings)
+    norms = [train.update(model, optimizer, [random_batch(2)], train.next_token_loss, settings, CPU, 0.0)["grad_norm"]
+             for _ in range(2)]  # at rate 0 no weight moves
+    assert norms[0] == norms[1], "are old gradients added to new ones?"
 
 
 def test_the_gradient_norm_is_global_and_clipped_once_after_accumulation(tmp_path, monkeypatch):

@@ -92,6 +92,22 @@ def test_at_the_start_the_model_is_what_it_was_bit_for_bit(kind):
         assert torch.equal(model(IDS), before), "in bf16 too"
 
 
+def test_a_is_drawn_within_one_over_root_in_and_b_is_zero_so_that_b_alone_has_a_gradient_at_first():
+    linear = nn.Linear(64, 32, bias=False)
+    one, same, other = (lora.LoRA(linear, 8, 2.0, generator=seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one.lora_A, same.lora_A) and not torch.equal(one.lora_A, other.lora_A)
+    assert one.lora_A.shape == (8, 64) and one.lora_B.shape == (32, 8) and not one.lora_B.any()
+    # 512 draws, uniform within 1/8: their greatest lies beyond 0.97 of that but for a chance of e^-15, and
+    # their standard deviation, 1/8 / sqrt(3), is met within 3 standard errors of 2 % each
+    assert 0.97 / 8 < one.lora_A.abs().max() <= 1 / 8
+    assert one.lora_A.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.07)
+    assert one.scale == 2.0 and one.lora_magnitude is None
+    x = randn(5, 64)
+    one(x, linear(x), linear).square().sum().backward()
+    assert one.lora_B.grad.any(), "B learns through A: were both zero, neither would ever move"
+    assert not one.lora_A.grad.any(), "A learns through B, which is zero still"
+
+
 def test_dropout_is_of_what_the_adapter_reads_and_of_training_alone():
     model = adapted_model(dropout=0.5)
     still = model(IDS)
@@ -430,7 +446,8 @@ def test_each_number_becomes_the_nearest_level_with_ragged_tails_and_blocks_of_z
         restored = dequantize_nf4(q)
         assert not restored[2].any() and restored[3, 5:7].tolist() == [4.0, -4.0], "the ends are exact"
         for double in (False, True):
-            assert dequantize_nf4(quantize_nf4(weight, double=double)).isfinite().all()
+            restored = dequantize_nf4(quantize_nf4(weight, double=double))
+            assert restored.isfinite().all() and not restored[2].any(), "0 / 0 gives a level that is not 0"
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (7, 9), (33, 70), (256, 344)])

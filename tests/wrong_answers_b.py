@@ -1,14 +1,5 @@
 """Classic wrong answers to the exercises of exercises_b.py, and right ones that are written differently."""
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Wrong:
-    mistake: str
-    says: str
-    change: dict[str, str] | None = None
-    body: str | None = None
-
+from wrong_answers import Wrong
 
 WRONG_B: dict[str, tuple[Wrong, ...]] = {
     "quantize-nf4": (
@@ -392,7 +383,7 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
               {"return loss_sum, valid.sum()": "return loss_sum / valid.sum().clamp(min=1), valid.sum()"}),
         Wrong("padding counts", "padding",
               {"return loss_sum, valid.sum()": "return loss_sum, torch.tensor(valid.numel())"}),
-        Wrong("the student at temperature 1", "temperature",
+        Wrong("the student at temperature 1", "not at the temperature",
               {"log_q = log_probabilities(student, temperature)": "log_q = log_probabilities(student)"}),
         Wrong("the cross-entropy at the temperature, too", "cross-entropy",
               {"F.nll_loss(log_probabilities(student),": "F.nll_loss(log_probabilities(student, temperature),"}),
@@ -427,7 +418,7 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
             known = logps.gather(-1, ids).exp().sum(dim=-1, keepdim=True)
             return (1 - known).log().clamp(min=FLOOR)
             """),
-        Wrong("the tail is ignored", "tail is ignored", body="return torch.full_like(logps[..., :1], FLOOR)"),
+        Wrong("the tail is ignored", "the tail ignored", body="return torch.full_like(logps[..., :1], FLOOR)"),
         Wrong("the mass of the known tokens", "known tokens", body="""
             return logps.gather(-1, ids).logsumexp(dim=-1, keepdim=True).clamp(min=FLOOR)
             """),
@@ -445,7 +436,7 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
         Wrong("a sum of heads, not a mean", "averaged", {" - math.log(H // heads)": ""}),
         Wrong("a sum over heads", "mean over heads", {"kl.mean(dim=1)": "kl.sum(dim=1)"}),
         Wrong("every query counts", "without a target", {"(kl.mean(dim=1) * valid).sum()": "kl.mean(dim=1).sum()"}),
-        Wrong("a mean over the queries", "queries",
+        Wrong("a mean over the queries", "not a mean",
               {"(kl.mean(dim=1) * valid).sum()": "(kl.mean(dim=1) * valid).sum() / valid.numel()"}),
         Wrong("the smaller number of heads in place of the common factor", "gcd",
               {"math.gcd(student.size(1), teacher.size(1))": "min(student.size(1), teacher.size(1))"}),
@@ -457,7 +448,7 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
               {"np.linspace(0, have - 1, n_layers).round().astype(int).tolist()":
                "[i * have // n_layers for i in range(n_layers)]"}),
         Wrong("rounded down", "rounded down", {"n_layers).round()": "n_layers)"}),
-        Wrong("a block keeps its old number", "own", {
+        Wrong("a block gets another number", "new number", {
             "parts[2] = str(blocks.index(int(parts[2])))": "parts[2] = str(int(parts[2]) % n_layers)"}),
         Wrong("the blocks in the opposite order", "order", {
             "blocks.index(int(parts[2]))": "n_layers - 1 - blocks.index(int(parts[2]))"}),

@@ -16,7 +16,8 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
                "blocks, scale = in_blocks(part, block_size); scale = blocks.std(dim=1, keepdim=True)"}),
         Wrong("the first code in the low bits", "high",
               {"codes[:, 0] << 4 | codes[:, 1]": "codes[:, 1] << 4 | codes[:, 0]"}),
-        Wrong("a block of zeros is divided by zero", "zero", {"blocks * reciprocal(scale)": "blocks / scale"}),
+        Wrong("a block of zeros is divided by zero", "zero", {
+            "blocks * reciprocal(scale)": "blocks / scale"}),
         Wrong("the filling of the last block stays among the codes", "cut off",
               {".flatten()[:part.numel() + part.numel() % 2])": ".flatten())"}),
         Wrong("double is not used", "double",
@@ -28,7 +29,8 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
         Wrong("A and B both random", "both",
               {"torch.zeros(rows, rank, **place)": "torch.randn(rows, rank, generator=generator)"}),
         Wrong("A and B both zero", "both zero",
-              {"torch.empty(rank, columns, **place).uniform_(-bound, bound,": "torch.zeros(rank, columns, **place",
+              {"torch.empty(rank, columns, **place).uniform_(-bound, bound,":
+               "torch.zeros(rank, columns, **place",
                "generator=generator))\n        self.lora_B": "))\n        self.lora_B"}),
         Wrong("B random and A zero", "a that is zero", body="""
             super().__init__()
@@ -254,12 +256,15 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
         Wrong("the logarithm of a sigmoid", "underflows", {
             "-F.logsigmoid(chosen - rejected - (0.0 if margin is None else margin))":
             "-torch.sigmoid(chosen - rejected - (0.0 if margin is None else margin)).log()"}),
-        Wrong("the difference is centred", "centre", {"(chosen + rejected) ** 2": "(chosen - rejected) ** 2"}),
-        Wrong("a mean over the pairs", "averaged", {"return losses + centre": "losses = losses.mean(); return losses + centre"}),
+        Wrong("the difference is centred", "centre", {
+            "(chosen + rejected) ** 2": "(chosen - rejected) ** 2"}),
+        Wrong("a mean over the pairs", "averaged", {
+            "return losses + centre": "losses = losses.mean(); return losses + centre"}),
         Wrong("the difference itself", "log(1 + 1/e)", body="return rejected - chosen"),
     ),
     "kl-estimate": (
-        Wrong("the ratio inverted", "inverted", {"k1 = logps - reference_logps": "k1 = reference_logps - logps"}),
+        Wrong("the ratio inverted", "inverted", {
+            "k1 = logps - reference_logps": "k1 = reference_logps - logps"}),
         Wrong("k3 with the sign of its first term wrong", "sign", {"torch.expm1(-k1) + k1":
                                                                    "torch.expm1(k1) + k1"}),
         Wrong("k3 that takes k1 away", "sign", {"torch.expm1(-k1) + k1": "torch.expm1(-k1) - k1"}),
@@ -349,15 +354,17 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
         Wrong("the maximum of both sides", "maximum", {"-torch.minimum": "-torch.maximum"}),
         Wrong("the clipped side alone", "alone", {"torch.minimum(ratio * advantages, clipped * advantages)":
                                                   "(clipped * advantages)"}),
-        Wrong("nothing is clipped", "nothing clipped", {"torch.minimum(ratio * advantages, clipped * advantages)":
-                                                "(ratio * advantages)"}),
+        Wrong("nothing is clipped", "nothing clipped", {
+            "torch.minimum(ratio * advantages, clipped * advantages)":
+            "(ratio * advantages)"}),
         Wrong("the ratio inverted", "inverted", {"(logps - old_logps)": "(old_logps - logps)"}),
         Wrong("a gain instead of a loss", "minus", {"return -torch": "return torch"}),
         Wrong("clip_high is ignored", "clip_high", {"(clip if clip_high is None else clip_high)": "clip"}),
         Wrong("clip_high is used below, too", "below", {"ratio.clamp(1 - clip,":
                                                         "ratio.clamp(1 - (clip if clip_high is None else "
                                                         "clip_high),"}),
-        Wrong("clipped at 1 / (1 + clip)", "stood still", {"ratio.clamp(1 - clip,": "ratio.clamp(1 / (1 + 3 * clip),"}),
+        Wrong("below, the room is as wide as a ratio's inverse", "stood still", {
+            "ratio.clamp(1 - clip,": "ratio.clamp(1 / (1 + 3 * clip),"}),
     ),
     "value-loss": (
         Wrong("the held error alone", "alone", {"torch.maximum(errors, (held - returns).square())":
@@ -386,9 +393,11 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
         Wrong("the student at temperature 1", "not at the temperature",
               {"log_q = log_probabilities(student, temperature)": "log_q = log_probabilities(student)"}),
         Wrong("the cross-entropy at the temperature, too", "cross-entropy",
-              {"F.nll_loss(log_probabilities(student),": "F.nll_loss(log_probabilities(student, temperature),"}),
+              {"F.nll_loss(log_probabilities(student),":
+               "F.nll_loss(log_probabilities(student, temperature),"}),
         Wrong("the weight on the wrong one", "wrong one", {
-            "loss_sum = loss_sum + kd_weight * temperature": "loss_sum = loss_sum + (1 - kd_weight) * temperature",
+            "loss_sum = loss_sum + kd_weight * temperature":
+            "loss_sum = loss_sum + (1 - kd_weight) * temperature",
             "loss_sum = loss_sum + (1 - kd_weight) * ce": "loss_sum = loss_sum + kd_weight * ce"}),
         Wrong("masked after the arithmetic", "mask before", body="""
             of = Divergence(kind, beta, skew, temperature).check()
@@ -397,10 +406,8 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
             log_p = log_probabilities(teacher_logits.detach(), temperature)
             log_q = log_probabilities(student_logits, temperature)
             kd = torch.where(valid, divergence(log_p, log_q, of), 0.0).sum()
-            ce = F.cross_entropy(student_logits.flatten(0, -2).float() if student_logits.dtype.itemsize < 4 else
-                                 student_logits.flatten(0, -2), targets.flatten(), reduction="sum") \\
-                if student_logits.dim() > 1 else \\
-                F.cross_entropy(student_logits[None], targets[None], reduction="sum")
+            V = student_logits.size(-1)
+            ce = F.cross_entropy(student_logits.reshape(-1, V), targets.reshape(-1), reduction="sum")
             total = 0 * student_logits[valid].sum()
             if kd_weight:
                 total = total + kd_weight * temperature ** 2 * kd
@@ -411,14 +418,16 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
         Wrong("-inf gives nan", "-inf", {
             "log_p = log_probabilities(teacher_logits[valid].detach(), temperature)":
             "log_p = (teacher_logits[valid].detach() / temperature).log_softmax(-1)",
-            "log_q = log_probabilities(student, temperature)": "log_q = (student / temperature).log_softmax(-1)"}),
+            "log_q = log_probabilities(student, temperature)":
+            "log_q = (student / temperature).log_softmax(-1)"}),
     ),
     "rest-of-top-k": (
         Wrong("one minus the sum of the known", "1 - the sum", body="""
             known = logps.gather(-1, ids).exp().sum(dim=-1, keepdim=True)
             return (1 - known).log().clamp(min=FLOOR)
             """),
-        Wrong("the tail is ignored", "the tail ignored", body="return torch.full_like(logps[..., :1], FLOOR)"),
+        Wrong("the tail is ignored", "the tail ignored",
+              body="return torch.full_like(logps[..., :1], FLOOR)"),
         Wrong("the mass of the known tokens", "known tokens", body="""
             return logps.gather(-1, ids).logsumexp(dim=-1, keepdim=True).clamp(min=FLOOR)
             """),
@@ -435,7 +444,8 @@ WRONG_B: dict[str, tuple[Wrong, ...]] = {
               {"logsumexp(dim=2) - math.log(H // heads)": "mean(dim=2).log_softmax(-1)"}),
         Wrong("a sum of heads, not a mean", "averaged", {" - math.log(H // heads)": ""}),
         Wrong("a sum over heads", "mean over heads", {"kl.mean(dim=1)": "kl.sum(dim=1)"}),
-        Wrong("every query counts", "without a target", {"(kl.mean(dim=1) * valid).sum()": "kl.mean(dim=1).sum()"}),
+        Wrong("every query counts", "without a target", {
+            "(kl.mean(dim=1) * valid).sum()": "kl.mean(dim=1).sum()"}),
         Wrong("a mean over the queries", "not a mean",
               {"(kl.mean(dim=1) * valid).sum()": "(kl.mean(dim=1) * valid).sum() / valid.numel()"}),
         Wrong("the smaller number of heads in place of the common factor", "gcd",
@@ -467,8 +477,9 @@ RIGHT_B: dict[str, tuple[str, ...]] = {
         for i, part in enumerate(bounded.split(4096)):
             codes[4096 * i:4096 * i + len(part)] = (part[:, None] - torch.tensor(NF4)).abs().argmin(dim=1)
         codes = codes[:len(flat) + len(flat) % 2]
-        return NF4Tensor(codes[::2] * 16 + codes[1::2], quantize_int8(scales, centred=True) if double else scales,
-                         weight.shape, block_size)
+        if double:
+            scales = quantize_int8(scales, centred=True)
+        return NF4Tensor(codes[::2] * 16 + codes[1::2], scales, weight.shape, block_size)
         """,),
     "lora-start": ("""
         nn.Module.__init__(self)

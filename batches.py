@@ -83,6 +83,7 @@ class Batches:
         return [int(self.order(epoch)[place]) for epoch, place in places]
 
     def order(self, epoch: int) -> np.ndarray:
+        """All windows' numbers, shuffled: each epoch its own way, which follows from (seed, epoch) alone."""
         if epoch != self._epoch:  # that of one epoch is kept, 8 bytes a window
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             self._epoch, self._order = epoch, generator.permutation(self.windows)

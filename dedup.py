@@ -74,6 +74,7 @@ class Clusters:
         return i
 
     def join(self, i: int, j: int):
+        """Make one cluster of those of i and j; its root is the smaller of their roots."""
         first, second = sorted((self.find(i), self.find(j)))
         self.parents[second] = first
 
@@ -116,7 +117,12 @@ def hash_functions(num_hashes: int, seed: int) -> np.ndarray:
 
 
 def smallest(hashes, counts, factors, offsets) -> np.ndarray:
-    """The signatures (texts, num_hashes) of a block of n-grams."""
+    """The signatures (texts, num_hashes) uint32 of a block of texts: of each text and function the minimum.
+
+    hashes: uint64, those of the n-grams of all texts, one text after the other; counts: how many each text
+    has. Its x are their upper 32 bits, and function i is factors[i] x + offsets[i] modulo 2^32 (uint32). A
+    text without n-grams has 2^32 - 1 throughout.
+    """
     signatures = np.full((len(factors), len(counts)), 2 ** 32 - 1, np.uint32)
     filled = counts > 0
     if filled.any():

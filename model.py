@@ -100,6 +100,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """x to queries, keys and values in heads; normed where qk_norm is, turned by position; attend; o_proj."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
@@ -114,6 +116,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], prepared: Prepared | None,
                 cache: LayerCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). rope: what `rotate` takes; prepared: what `attend` takes.
+
+        cache: keeps the keys, turned, and the values of what came before, to which these are added; None:
+        there is nothing before.
+        """
         B, T, _ = x.shape
         # (B, T, C) -> (B, H, T, D) for queries, (B, K, T, D) for keys and values
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)

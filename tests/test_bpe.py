@@ -80,6 +80,8 @@ def test_overlapping_pairs_count_twice_in_both_trainers():
     # (a, a) occurs 3 times in aaaa and (x, y) 3 times in all: a tie, and (x, y) is the greater
     texts = ["aaaa", "xy", "xy", "xy"]
     assert train_plain(texts, 257) == Tokenizer.train(texts, 257).merges == [(b"x", b"y")]
+    texts = ["aaaa", "xy", "xy"]
+    assert train_plain(texts, 257) == Tokenizer.train(texts, 257).merges == [(b"a", b"a")], "three, not one or two"
 
 
 def test_ties_go_to_the_greatest_pair_of_bytes():
@@ -366,6 +368,14 @@ def test_streamed_text_never_shows_half_a_character(whole):
     pieces = list(Tokenizer([]).decode_stream(whole.encode()))  # a byte at a time
     assert "".join(pieces) == whole
     assert all(piece and ("\ufffd" not in piece or "\ufffd" in whole) for piece in pieces)
+
+
+def test_streamed_text_comes_with_the_id_that_completes_it():
+    ids = iter("aé".encode())
+    stream = Tokenizer([]).decode_stream(ids)
+    assert [next(stream), next(stream), next(ids, None)] == ["a", "é", None]
+    stream = Tokenizer([]).decode_stream(ids := iter(b"abc"))
+    assert next(stream) == "a" and next(ids) == ord("b"), "a reader waits for what could be shown already"
 
 
 @given(st.binary(max_size=20))

@@ -517,6 +517,13 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(tmp_path):
     assert not torch.equal(epoch.flatten(), epoch.flatten().sort().values), "the file's order is no shuffle"
 
 
+def test_no_epoch_of_one_seed_has_the_order_of_an_epoch_of_another(tmp_path):
+    write_shard(tmp_path, 1000)
+    orders = {tuple(Batches(tmp_path, "train", 4, 10, seed=seed).order(epoch).tolist())
+              for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9, "are seed and epoch added? Then runs of seeds 0, 1 and 2 are not independent"
+
+
 def test_two_ranks_of_four_see_at_each_step_what_one_rank_of_eight_sees(tmp_path):
     write_shard(tmp_path, 1000)
     alone = Batches(tmp_path, "train", 8, 10)

@@ -210,6 +210,19 @@ def test_a_pair_at_exactly_the_threshold_is_dropped():
     assert near_duplicates([one, other], 0.8001, 128, 128, ngram=1).tolist() == [0, 1]
 
 
+def test_whoever_is_joined_however_indirectly_has_one_root_the_smallest_index():
+    generator = random.Random(0)
+    for _ in range(50):
+        clusters, groups = dedup.Clusters(20), [{i} for i in range(20)]
+        for _ in range(generator.randrange(25)):
+            i, j = generator.randrange(20), generator.randrange(20)
+            clusters.join(i, j)
+            both = next(group for group in groups if i in group) | next(group for group in groups if j in group)
+            groups = [group for group in groups if not group & both] + [both]
+        roots = {i: min(group) for group in groups for i in group}
+        assert clusters.roots().tolist() == [roots[i] for i in range(20)]
+
+
 def test_clusters_are_transitive_and_the_smallest_index_stays():
     generator = random.Random(0)
     first = " ".join(words(200, generator))

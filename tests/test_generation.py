@@ -88,6 +88,9 @@ def test_a_token_without_probability_is_never_drawn_and_the_last_one_can_be():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, u, dtype=torch.float64))
             assert draw(probs[:1], None).item() == token
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
+        assert draw(torch.tensor([[1.0, 1e-9]]), None).item() == 1, "1 + 1e-9 is 1 in float32"
 
 
 def test_of_equal_logits_top_k_keeps_k():

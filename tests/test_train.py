@@ -134,6 +134,12 @@ def test_the_loss_that_holds_no_logits_equals_the_plain_one_and_so_do_its_gradie
         torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-12)  # float64
 
 
+def test_large_logits_give_no_infinity():
+    hidden, weight = torch.tensor([[100.0], [100.0]]), torch.tensor([[3.0], [1.0], [-1.0]])  # logits 300, …
+    loss = objectives.linear_cross_entropy(hidden, weight, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(0 + 200), "exp(300) is infinite in float32"
+
+
 @pytest.mark.parametrize("chunked", [True, False])
 def test_passing_over_tokens_without_loss_changes_neither_the_loss_nor_a_gradient(chunked):
     inputs, targets = random_batch(3)

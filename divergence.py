@@ -212,7 +212,8 @@ class TopK:
 def log_rest(logps: Tensor, ids: Tensor) -> Tensor:
     """log of what all tokens but these have together, nowhere below FLOOR: (N, V), (N, k) -> (N, 1).
 
-    Summed over the others, as 1 - the sum of these would lose what is small.
+    logps: of all V tokens, and left as they are; ids: of the k that are known. Summed over the others, as 1 -
+    the sum of these would lose what is small.
     """
     return logps.scatter(-1, ids, -math.inf).logsumexp(dim=-1, keepdim=True).clamp(min=FLOOR)
 

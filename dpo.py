@@ -73,9 +73,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
     label_smoothing: the share of pairs that are taken to be labelled the wrong way round, for the kinds
     WITH_SMOOTHING. gamma: of simpo the margin (default 0.5), of dpop lambda (default 50, as in the paper).
 
-    All are functions of h = log-ratio of the chosen - log-ratio of the rejected, or of both ratios. By hand:
-    at the start, where the policy is the reference, h = 0 and the sigmoid's loss is ln 2. As TRL's, but for
-    label smoothing, which TRL's "sigmoid" no longer has, and "ipo": TRL's is our ipo_norm.
+    All are functions of h = log-ratio of the chosen - log-ratio of the rejected, or of both ratios: sigmoid
+    is -log sigma(beta h), hinge max(0, 1 - beta h), ipo (h - 1 / (2 beta))^2; the others stand in their
+    lines. By hand: at the start, where the policy is the reference, h = 0 and the sigmoid's loss is ln 2. As
+    TRL's, but for label smoothing, which TRL's "sigmoid" no longer has, and "ipo": TRL's is our ipo_norm.
     """
     if kind not in KINDS:
         raise UserError(f"--kind {kind} is not one of {', '.join(KINDS)}")

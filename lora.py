@@ -54,6 +54,10 @@ class LoRA(nn.Module):
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float = 0.0,
                  use_dora: bool = False, generator: torch.Generator | None = None):
+        """Beside linear, whose weight is (out, in): A uniform within +-1 / sqrt(in), drawn by the generator;
+        B zeros; both of the weight's kind and where that lies. scale: alpha / r, or with rsLoRA alpha /
+        sqrt(r). The magnitude begins as the rows' lengths; without use_dora it is None.
+        """
         super().__init__()
         weight = weight_of(linear)
         rows, columns, place = *weight.shape, {"device": place_of(weight), "dtype": weight.dtype}
@@ -85,7 +89,10 @@ class LoRA(nn.Module):
         return y + (ratio - 1) * Wx + ratio * self.scale * F.linear(down, self.lora_B)
 
     def whole(self, weight: Tensor, sign: int = 1) -> Tensor:
-        """W + s B A (out, in), in float32 or better, whatever the products of the model are made in."""
+        """W + s B A (out, in), in float32 or better, whatever the products of the model are made in.
+
+        weight: W. sign: -1 for W - s B A, which takes a merged adapter out again.
+        """
         exact = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight.to(exact), self.lora_B.to(exact), self.lora_A.to(exact),

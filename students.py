@@ -54,6 +54,7 @@ def layers_student(teacher: Transformer, n_layers: int) -> Transformer:
 
     Of 12 blocks 6 are 0, 2, 4, 7, 9 and 11, as in DistilBERT (Sanh et al. 2019); a single one is the first.
     With all of them, its logits are the teacher's bit for bit. Raises UserError where it has not so many.
+    `began` of the student says which: "blocks [0, 2, 3] of the teacher's 4".
     """
     have = teacher.config.n_layers
     at_most("n_layers", n_layers, have)

@@ -449,6 +449,13 @@ def test_what_is_left_for_others_is_summed_over_them_and_not_taken_from_one():
     assert top.logps[0, 1].item() == pytest.approx(exact, rel=1e-6), "1 - 1 in float32 is nothing"
 
 
+def test_where_nothing_is_left_for_others_that_counts_as_the_floor_and_what_was_given_stays():
+    logps = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]).log()
+    given, ids = logps.clone(), torch.tensor([[0, 1], [2, 0]])
+    assert divergence.log_rest(logps, ids).tolist() == [[FLOOR], [pytest.approx(math.log(0.3))]]
+    assert torch.equal(logps, given), "the distribution was written over"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_known_tokens_show_less_and_never_more_than_there_is(kind):
     """The data-processing inequality: putting tokens together cannot take distributions further apart."""

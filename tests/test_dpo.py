@@ -96,7 +96,37 @@ def test_losses_by_hand(kind, beta, smoothing):
     ratios = {"ipo_norm": (1, -1), "sigmoid_norm": (1, -1), "simpo": (-1.5, -2), "orpo": (-1.5, -2)}
     c, r = ratios.get(kind, (2, -4))
     assert (chosen.item(), rejected.item()) == pytest.approx((beta * c, beta * r))
-    assert not chosen.requires_grad
+
+
+def test_rewards_are_beta_times_the_log_ratios_without_gradient_and_the_loss_is_of_their_difference():
+    numbers = [torch.tensor([x], requires_grad=True) for x in (-3.0, -8.0, -5.0, -4.0)]
+    losses, chosen, rejected = dpo_loss(*numbers, beta=0.5)
+    assert (chosen.item(), rejected.item()) == (0.5 * 2, 0.5 * -4)
+    assert not chosen.requires_grad and not rejected.requires_grad and losses.requires_grad
+    assert losses.item() == pytest.approx(-math.log(sigma(chosen.item() - rejected.item())), rel=1e-5)
+
+
+def at_difference(h, **changes):
+    """The loss of a pair whose log-ratios differ by h, and its gradient by the chosen answer's."""
+    policy = torch.tensor([-4.0 + h], requires_grad=True)
+    losses, *_ = dpo_loss(policy, torch.tensor([-5.0]), torch.tensor([-3.0]), torch.tensor([-4.0]), **changes)
+    losses.sum().backward()
+    return losses.item(), policy.grad.item()
+
+
+def test_a_pair_far_the_wrong_way_round_costs_its_distance_and_is_pulled_with_all_of_beta():
+    assert at_difference(-20_000.0, beta=0.1) == pytest.approx((2000, -0.1)), "log(sigmoid(x)) is log(0)"
+    assert at_difference(20_000.0, beta=0.1) == (0, 0)
+
+
+def test_the_hinge_is_a_straight_line_up_to_a_margin_of_1_and_nothing_beyond():
+    found = [at_difference(h, beta=0.5, kind="hinge") for h in (-4.0, 0.0, 1.0, 3.0)]
+    assert found == [(3, -0.5), (1, -0.5), (0.5, -0.5), (0, 0)]
+
+
+def test_ipo_wants_a_difference_of_1_over_2_beta_and_charges_the_square_of_what_lies_between():
+    found = [at_difference(h, beta=0.25, kind="ipo") for h in (-1.0, 0.0, 2.0, 5.0)]
+    assert found == [(9, -6), (4, -4), (0, 0), (9, 6)], "of h itself: beta only sets where it shall be"
 
 
 def test_positive_dpo_charges_a_chosen_answer_that_fell_below_the_reference():
@@ -136,12 +166,17 @@ def test_losses_and_gradients_are_finite_at_log_ratios_of_ten_thousand(kind, siz
     assert losses.isfinite().all() and all(x.grad.isfinite().all() for x in far)
 
 
-def test_conservative_dpo_is_the_mean_over_labels_and_robust_dpo_unbiased():
+def test_conservative_dpo_is_the_mean_over_labels():
     numbers, eps = random_logps(), 0.2
-    right = dpo_loss(*numbers, kind="sigmoid")[0]
-    swapped = dpo_loss(numbers[1], numbers[0], numbers[3], numbers[2], kind="sigmoid")[0]
+    right = dpo_loss(*numbers)[0]
+    swapped = dpo_loss(numbers[1], numbers[0], numbers[3], numbers[2])[0]
     smooth = dpo_loss(*numbers, label_smoothing=eps)[0]
     torch.testing.assert_close(smooth, (1 - eps) * right + eps * swapped)
+
+
+def test_robust_dpo_is_unbiased():
+    numbers, eps = random_logps(), 0.2
+    right = dpo_loss(*numbers)[0]
     robust = dpo_loss(*numbers, label_smoothing=eps, kind="robust")[0]
     flipped = dpo_loss(numbers[1], numbers[0], numbers[3], numbers[2], label_smoothing=eps, kind="robust")[0]
     expected = (1 - eps) * robust + eps * flipped  # over labels that are wrong with chance eps

@@ -92,6 +92,22 @@ def test_at_the_start_the_model_is_what_it_was_bit_for_bit(kind):
         assert torch.equal(model(IDS), before), "in bf16 too"
 
 
+def test_a_begins_within_one_over_root_in_and_b_at_zero_so_that_b_alone_learns_at_first():
+    linear = nn.Linear(64, 32, bias=False)
+    one, same, other = (lora.LoRA(linear, 8, 2.0, generator=seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one.lora_A, same.lora_A) and not torch.equal(one.lora_A, other.lora_A)
+    assert one.lora_A.shape == (8, 64) and one.lora_B.shape == (32, 8) and not one.lora_B.any()
+    # 512 draws, uniform within 1/8: their greatest lies beyond 0.97 of that but for a chance of e^-15, and
+    # their standard deviation, 1/8 / sqrt(3), is met within 3 standard errors of 2 % each
+    assert 0.97 / 8 < one.lora_A.abs().max() <= 1 / 8
+    assert one.lora_A.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.07)
+    assert one.scale == 2.0 and one.lora_magnitude is None
+    x = randn(5, 64)
+    one(x, linear(x), linear).square().sum().backward()
+    assert one.lora_B.grad.any(), "B learns through A: were both zero, neither would ever move"
+    assert not one.lora_A.grad.any(), "A learns through B, which is zero still"
+
+
 def test_dropout_is_of_what_the_adapter_reads_and_of_training_alone():
     model = adapted_model(dropout=0.5)
     still = model(IDS)
@@ -417,20 +433,29 @@ def nearest_levels(weight, block_size):
     return torch.cat(result).view(weight.shape)
 
 
-@pytest.mark.parametrize("shape", [(8, 64), (7, 9), (1, 1), (33, 70), (3, 5, 7), (128, 344)])
-def test_each_number_becomes_the_nearest_level_with_ragged_tails_and_blocks_of_zeros(shape):
+def test_each_number_becomes_the_nearest_level_times_the_largest_of_its_block():
+    weight = randn(128, 344)
+    weight[3, 5:7] = torch.tensor([9.0, -9.0])
+    restored = dequantize_nf4(quantize_nf4(weight))
+    assert torch.equal(restored, nearest_levels(weight, 64))
+    assert restored[3, 5:7].tolist() == [9.0, -9.0], "the ends are exact"
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (1, 1), (33, 70), (3, 5, 7)])
+def test_ragged_tails_come_back_and_an_odd_number_of_codes_fills_a_byte_by_half(shape):
     weight = randn(*shape)
-    if shape == (8, 64):
-        weight[2] = 0
-        weight[3, 5:7] = torch.tensor([4.0, -4.0])
     q = quantize_nf4(weight)
     assert torch.equal(dequantize_nf4(q), nearest_levels(weight, 64))
     assert q.codes.numel() == math.ceil(weight.numel() / 2) and q.codes.dtype == torch.uint8
-    if shape == (8, 64):
-        restored = dequantize_nf4(q)
-        assert not restored[2].any() and restored[3, 5:7].tolist() == [4.0, -4.0], "the ends are exact"
-        for double in (False, True):
-            assert dequantize_nf4(quantize_nf4(weight, double=double)).isfinite().all()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_block_of_zeros_stays_zeros(double):
+    weight = randn(8, 64)
+    weight[2], weight[3] = 0, 10 * weight[3]  # so that in 8 bits the scale 0 is not exact, as the ends are
+    restored = dequantize_nf4(quantize_nf4(weight, double=double))
+    assert restored.isfinite().all() and not restored[2].any(), \
+        "0 / 0 is nan, which becomes the level 1: times a scale that is no longer 0"
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (7, 9), (33, 70), (256, 344)])
@@ -451,6 +476,8 @@ def test_bits_a_weight_and_errors_of_the_ladder():
     assert bits("nf4") == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert bits("nf4") == pytest.approx(4.127, abs=1e-3), "the paper's figure"
     assert bits("int8") == pytest.approx(8 + 32 / 256, abs=1e-4)
+    once, twice = (quantize_nf4(weight, double=double).scales for double in (False, True))
+    assert twice.mean.item() == pytest.approx(once.mean().item()), "scales do not scatter around 0"
 
     def error(restored):
         return float((restored - weight).square().mean().sqrt())

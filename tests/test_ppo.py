@@ -211,6 +211,9 @@ def test_the_policy_loss_by_hand():
     assert policy_loss(new, old, advantages, mask_of(3)).item() == pytest.approx((-0.5 - 2.4 + 1.1) / 3)
     assert policy_loss(new, old, advantages, mask_of(3), clip_high=0.4).item() == \
         pytest.approx((-0.5 - 2.8 + 1.1) / 3), "clip_high is the room above, for what has become likelier"
+    half, worse = torch.tensor([[0.5]]).log(), torch.tensor([[-1.0]])
+    assert policy_loss(half, torch.zeros(1, 1), worse, mask_of(1), clip_high=0.4).item() == \
+        pytest.approx(0.8), "below, the room is still that of clip"
 
 
 @pytest.mark.parametrize("ratio, advantage, moves", [(1.0, 1, True), (1.3, 1, False), (1.3, -1, True),
@@ -223,10 +226,12 @@ def test_only_what_would_gain_by_going_further_stands_still(ratio, advantage, mo
 
 
 def test_the_value_loss_by_hand():
-    values, old, returns = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 2.0]])
-    # held within 0.2 of the old: 0.2 and 0, whose errors are 0.8 and 2
-    assert value_loss(values, old, returns, mask_of(2)).item() == pytest.approx((0.64 + 4) / 2 / 2)
-    assert value_loss(values, old, returns, mask_of(2), None).item() == pytest.approx((0 + 4) / 2 / 2)
+    old = torch.zeros(1, 3)
+    values, returns = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[1.0, 2.0, 1.0]])
+    # held within 0.2 of the old: 0.2, 0 and -0.2, whose errors are 0.8, 2 and 1.2; their own are 0, 2 and 2
+    assert value_loss(values, old, returns, mask_of(3)).item() == pytest.approx((0.64 + 4 + 4) / 2 / 3), \
+        "the worse of both errors: a value that went the wrong way is not excused by being held"
+    assert value_loss(values, old, returns, mask_of(3), None).item() == pytest.approx((0 + 4 + 4) / 2 / 3)
 
 
 def test_padding_has_no_part_in_a_loss_or_its_gradient():

@@ -80,6 +80,15 @@ def test_best_against_worst_makes_a_pair_where_they_lie_apart():
     assert preference(one, samples(("same", 0.9), ("same", 0.1)), 0.5) is None
 
 
+def test_the_margin_itself_is_enough_and_the_prompt_is_all_before_the_last_message():
+    before = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    one = {"messages": [*before, *describe("author")["messages"]]}
+    pair = preference(one, samples(("x", 0.25), ("y", 0.75)), 0.5)  # these differ by 0.5 to the last bit
+    assert pair is not None, "0.5 apart is at least 0.5 apart"
+    assert pair["prompt"] == one["messages"][:4] and (pair["chosen"], pair["rejected"]) == ("y", "x")
+    assert preference(one, samples(("x", 0.25), ("y", 0.75)), 0.5, "author")["scores"] == [1.0, 0.25]
+
+
 def test_the_best_answer_stands_in_the_authors_place_unless_it_is_worth_nothing():
     one = describe("author")
     best = best_answer(one, samples(("x", 0.2), ("y", 0.9)))

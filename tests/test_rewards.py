@@ -61,6 +61,7 @@ def test_the_answer_is_what_stands_in_its_tags(text, expected):
 def test_who_gives_two_answers_has_given_none(text):
     assert worth("exact", asked(TAGGED), text) == 0
     assert worth("exact", asked("98"), text) == 0, "and is not read as a bare reply either"
+    assert worth("exact", asked(text), text) == 0, "not even where the author's own tags are as bad"
     assert worth("format", asked(TAGGED), f"<think>t</think>{text}") == 0
 
 

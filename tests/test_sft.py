@@ -80,6 +80,7 @@ def naive_best_fit(lengths, room):
 @pytest.mark.parametrize("lengths, room, windows", [
     ([6, 5, 4, 3, 2], 10, [[0, 2], [1, 3, 4]]),  # 6 + 4, 5 + 3 + 2
     ([10], 10, [[0]]),  # exactly the room
+    ([12, 10, 9, 1], 20, [[0], [1, 2, 3]]),  # 1 goes into the fuller one, not into the first
     ([4, 4, 4, 4, 4], 9, [[0, 1], [2, 3], [4]]),
     ([1, 9, 2, 8], 10, [[1, 0], [3, 2]]),
     ([], 10, []),

@@ -170,8 +170,8 @@ EXERCISES: tuple[Exercise, ...] = (
                 "Of equal logits top_k keeps k all the same: a threshold by value lets in more.",
             "test_generation.py::test_min_p_keeps_what_has_its_share_of_the_likeliest":
                 "min_p is a share of the likeliest token's probability, not a probability.",
-            "test_generation.py::test_the_penalty_makes_a_seen_token_less_likely_whatever_the_sign_of_its_logit_"
-            "and_comes_before_greed":
+            "test_generation.py::test_the_penalty_makes_a_seen_token_less_likely_whatever_the_sign_of_its"
+            "_logit_and_comes_before_greed":
                 "A negative logit is multiplied by the penalty, as dividing would make the token likelier; "
                 "and greedy choice comes after it.",
             "test_generation.py::test_what_is_sampled_from_equals_transformers_warpers":

@@ -8,13 +8,13 @@ import pytest
 import torch.distributed.run
 
 from config import UserError, checked, command_line, from_words, settings_of
+from exercises import EXERCISES
 from readme_commands import MODULES, REDUCED, Command, commands, reduced, run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("README.md", "README.zh.md", "COURSE.md", "LOG.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
-COMING = {"speedrun.py", "report.py", "exercise.py", "speedrun.sh", "docs/report-light.png"}  # where missing
 
 
 def read(name):
@@ -71,7 +71,7 @@ def settings_class(one):
 
 def check_flags(one):
     """Raises UserError where the script has no such flag, or it does not take such a value."""
-    found = None if one.script in COMING else settings_class(one)
+    found = settings_class(one)
     if found is None:
         return
     known = settings_of(found[0])
@@ -84,7 +84,7 @@ def test_scripts_of_all_commands_exist_and_have_their_flags(name):
     for one in commands(read(name)):
         if not one.script:
             continue
-        assert (ROOT / one.script).exists() or one.script in COMING, f"{one.text}: there is no {one.script}"
+        assert (ROOT / one.script).exists(), f"{one.text}: there is no {one.script}"
         check_flags(one)
         if one.launcher[0] == "torchrun":
             torch.distributed.run.get_args_parser().parse_args([*one.launcher[1:], one.script])
@@ -132,7 +132,7 @@ def test_the_table_has_every_file_and_about_its_lines(name, text):
     rows = {file: int(lines) for file, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M)}
     files = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
     assert set(files) - set(rows) == set(), f"{name}: files that the table does not name"
-    assert set(rows) - set(files) <= COMING, f"{name}: names of files that are not there"
+    assert set(rows) <= set(files), f"{name}: names of files that are not there"
     wrong = {file: (rows[file], files[file]) for file in files if abs(rows[file] - files[file]) > 0.15 * files[file]}
     assert not wrong, f"{name}: lines in the table, and in fact, more than 15 % apart: {wrong}"
 
@@ -163,7 +163,7 @@ def test_links_lead_somewhere(name):
         if re.match(r"https?://", target):
             continue
         file, _, place = target.partition("#")
-        assert not file or (ROOT / file).exists() or file in COMING, f"{name}: no file {target}"
+        assert not file or (ROOT / file).exists(), f"{name}: no file {target}"
         assert not place or place in anchors(read(file or name)), f"{name}: no heading for {target}"
 
 
@@ -174,7 +174,13 @@ def test_files_that_the_texts_name_are_there():
         for comment in re.findall(r"<!-- exercises: (.*?) -->", read(name)):
             named |= set(comment.split())
         missing = {file for file in named if not (ROOT / file).exists() and not (ROOT / "tests" / file).exists()}
-        assert missing - COMING <= {"convert_hf_to_gguf.py"}, f"{name}: {missing - COMING}"
+        assert missing <= {"convert_hf_to_gguf.py"}, f"{name}: {missing}"
+
+
+def test_the_course_has_each_exercise_once():
+    named = [name for line in read("COURSE.md").splitlines() if line.startswith("* **Exercises**")
+             for name in re.findall("`([^`]+)`", line)]
+    assert sorted(named) == sorted(exercise.name for exercise in EXERCISES)
 
 
 def test_the_readmes_state_the_same_measurements():

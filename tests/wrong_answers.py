@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Wrong:
     mistake: str  # what is wrong, in a few words
     says: str  # a word or phrase that the hint must contain, in lower case
-    change: dict[str, str] | None = None  # {a piece of the original's source, there exactly once: in its place}
+    change: dict[str, str] | None = None  # {a piece of the original, there once: what stands there}
     body: str | None = None  # or a whole other body, dedented, without signature and docstring
 
 
@@ -63,7 +63,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     "rope-angles": (
         Wrong("the exponent is d / D, half as large", "exponent", {"/ head_dim\n": "/ (2 * head_dim)\n"}),
         Wrong("frequencies grow", "negative", {"1.0 / theta ** exponents": "theta ** exponents"}),
-        Wrong("positions in bfloat16", "float32", {"positions[..., None].float()": "positions[..., None].bfloat16()"}),
+        Wrong("positions in bfloat16", "float32", {
+            "positions[..., None].float()": "positions[..., None].bfloat16()"}),
         Wrong("theta ** -exponents", "last bits", {"1.0 / theta ** exponents": "theta ** -exponents"}),
         Wrong("yarn's temperature is forgotten", "sharpness", {
             "angles.cos() * sharpness, angles.sin() * sharpness": "angles.cos(), angles.sin()"}),
@@ -71,7 +72,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     "rope": (
         Wrong("neighbours are paired, as in the paper", "interleaved", body="""
             x1, x2 = x.float()[..., ::2], x.float()[..., 1::2]
-            return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2).to(x.dtype)"""),
+            turned = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+            return turned.flatten(-2).to(x.dtype)"""),
         Wrong("turned backwards", "sign", {"x1 * cos - x2 * sin": "x1 * cos + x2 * sin",
                                            "x2 * cos + x1 * sin": "x2 * cos - x1 * sin"}),
         Wrong("float32 comes out whatever went in", "type", {".to(x.dtype)": ""}),
@@ -80,13 +82,16 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     "attention": (
         Wrong("scores are not divided", "sqrt(d)", {"scores = scores / math.sqrt(q.size(-1))": "pass"}),
         Wrong("divided by D", "sqrt(d)", {"math.sqrt(q.size(-1))": "q.size(-1)"}),
-        Wrong("softmax over the queries", "over the keys", {"scores.softmax(dim=-1)": "scores.softmax(dim=-2)"}),
-        Wrong("head h reads h % K", "h % k", {"x.repeat_interleave(groups, dim=1)": "x.repeat(1, groups, 1, 1)"}),
+        Wrong("softmax over the queries", "over the keys", {
+            "scores.softmax(dim=-1)": "scores.softmax(dim=-2)"}),
+        Wrong("head h reads h % K", "h % k", {
+            "x.repeat_interleave(groups, dim=1)": "x.repeat(1, groups, 1, 1)"}),
         Wrong("the mask is upside down", "true", {"scores.masked_fill(~mask, -math.inf)":
                                                   "scores.masked_fill(mask, -math.inf)"}),
         Wrong("a query without keys gives NaN", "nan", {
             "weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)": "pass"}),
-        Wrong("sinks are met as all other keys", "q_sinks", {"k[..., sinks:]": "k", "if sinks:": "if False:"}),
+        Wrong("sinks are met as all other keys", "q_sinks", {
+            "k[..., sinks:]": "k", "if sinks:": "if False:"}),
     ),
     "mask": (
         Wrong("nobody sees itself", "itself", {"seen = k <= q": "seen = k < q"}),
@@ -129,7 +134,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
             "best.cumsum(dim=-1) - best < top_p": "best.cumsum(dim=-1) <= top_p"}),
         Wrong("kept in the sorted order", "sorted order", {
             ".scatter(-1, order, inside)": ".index_copy(-1, torch.arange(order.size(-1)), inside)"}),
-        Wrong("only the first 64 are looked at", "64", {"for count in (64, 1024, V):": "for count in (64,):"}),
+        Wrong("only the first 64 are looked at", "64", {
+            "for count in (64, 1024, V):": "for count in (64,):"}),
         Wrong("nothing is sorted", "sorted", {
             "best, order = probs.topk(min(count, V), dim=-1)":
             "best, order = probs, torch.arange(V).expand_as(probs)"}),
@@ -141,10 +147,12 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
         Wrong("one number for all rows", "random number of its own", {
             "torch.rand(len(probs), 1, dtype=wide, device=probs.device, generator=generator)":
             "torch.rand(1, 1, dtype=wide, device=probs.device, generator=generator).expand(len(probs), 1)"}),
-        Wrong("a share of one", "add up", {"share * sums[:, -1:])": "share * torch.ones_like(sums[:, -1:]))"}),
+        Wrong("a share of one", "add up", {
+            "share * sums[:, -1:])": "share * torch.ones_like(sums[:, -1:]))"}),
     ),
     "verify": (
-        Wrong("the rest comes from p", "max(p - q, 0)", {"(p[number] - q[number]).clamp(min=0)": "p[number]"}),
+        Wrong("the rest comes from p", "max(p - q, 0)", {
+            "(p[number] - q[number]).clamp(min=0)": "p[number]"}),
         Wrong("a guess holds where p is larger", "min(1, p / q)", {"share * q.gather": "q.gather"}),
         Wrong("p and q are swapped", "min(1, p / q)", {
             "share * q.gather(1, guesses[:, None])[:, 0] < p[:-1].gather(1, guesses[:, None])[:, 0]":
@@ -161,7 +169,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
         Wrong("in x's type", "float32", {"x32 = x.float()": "x32 = x"}),
         Wrong("eps outside the root", "eps", body="""
             x32 = x.float()
-            return self.weight * (x32 / (x32.square().mean(-1, keepdim=True).sqrt() + self.eps)).to(x.dtype)"""),
+            root = x32.square().mean(-1, keepdim=True).sqrt()
+            return self.weight * (x32 / (root + self.eps)).to(x.dtype)"""),
         Wrong("the mean is taken away", "layernorm", {
             "x32 = x.float()": "x32 = x.float() - x.float().mean(-1, keepdim=True)"}),
         Wrong("the norm instead of the root mean square", "sum", {".mean(-1": ".sum(-1"}),
@@ -176,7 +185,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
             "k, v = cache.append(k, v)": "cache.append(k, v)"}),
         Wrong("heads are not transposed back", "back before o_proj", {
             "out.transpose(1, 2).reshape(B, T, -1)": "out.reshape(B, T, -1)"}),
-        Wrong("values are turned too", "values", {"rotate(k, *rope)\n": "rotate(k, *rope)\n        v = rotate(v, *rope)\n"}),
+        Wrong("values are turned too", "values", {
+            "rotate(k, *rope)\n": "rotate(k, *rope)\n        v = rotate(v, *rope)\n"}),
         Wrong("normed after rope", "come before rope", body="""
             B, T, _ = x.shape
             q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -189,8 +199,10 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     "safetensors": (
         Wrong("the length is big-endian", "little-endian", {'"little"': '"big"'}),
         Wrong("the header is not filled up", "multiple of 8", {'text += b" " * (-len(text) % 8)': "pass"}),
-        Wrong("offsets are begin and size", "[begin, end]", {"[position, end]}": "[position, end - position]}"}),
-        Wrong("in the order they came", "write_order", {"names = write_order(tensors)": "names = list(tensors)"}),
+        Wrong("offsets are begin and size", "[begin, end]", {
+            "[position, end]}": "[position, end - position]}"}),
+        Wrong("in the order they came", "write_order", {
+            "names = write_order(tensors)": "names = list(tensors)"}),
         Wrong("metadata stands beside the tensors", "__metadata__", {
             '{"__metadata__": dict(metadata)}': "dict(metadata)"}),
     ),
@@ -274,9 +286,11 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     ),
     "minhash": (
         Wrong("hashes of few bits", "biased", {
-            "np.add(values, offset, out=values)": "np.add(values, offset, out=values); values &= np.uint32(127)"}),
+            "np.add(values, offset, out=values)":
+            "np.add(values, offset, out=values); values &= np.uint32(127)"}),
         Wrong("all functions are one", "independent", {
-            "zip(signatures, factors, offsets)": "zip(signatures, [factors[0]] * len(factors), [offsets[0]] * len(factors))"}),
+            "zip(signatures, factors, offsets)":
+            "zip(signatures, [factors[0]] * len(factors), [offsets[0]] * len(factors))"}),
         Wrong("an empty text takes its neighbour's", "reduceat", {
             "row[filled] = np.minimum.reduceat(values, starts)":
             "row[:] = np.minimum.reduceat(values, np.minimum(np.cumsum(counts) - counts, len(values) - 1))"}),
@@ -294,7 +308,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     "find-pii": (
         Wrong("finds that overlap are all kept", "both kept", {"if start >= reached:": "if True:"}),
         Wrong("of two that begin together the shorter", "longer", {
-            "(start, -end, kind) for detect": "(start, end, kind) for detect", "(start, -end, kind))": "(start, end, kind))",
+            "(start, -end, kind) for detect": "(start, end, kind) for detect",
+            "(start, -end, kind))": "(start, end, kind))",
             "reached = -end": "reached = end"}),
         Wrong("not sorted", "sorted", {"found = sorted((": "found = list(("}),
         Wrong("addresses of the sixth version are forgotten", "ipv6", {", numbers, ipv6)": ", numbers)"}),
@@ -344,7 +359,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
         Wrong("the prompt is learnt too", "prompt learnt", {"[learnt] * len(new)": "[True] * len(new)"}),
         Wrong("the mask is shifted", "shifted", {"return ids, mask": "return ids, [*mask[1:], False]"}),
         Wrong("no header for the reply to come", "add_generation_prompt", {
-            "groupby(pieces(messages, add_generation_prompt, template)": "groupby(pieces(messages, False, template)"}),
+            "groupby(pieces(messages, add_generation_prompt, template)":
+            "groupby(pieces(messages, False, template)"}),
         Wrong("anything is a conversation", "check_messages", {
             "check_messages(messages, reply_follows=add_generation_prompt)": "pass"}),
         Wrong("header and reply are encoded together", "together with the reply", body="""
@@ -359,22 +375,28 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     ),
     # ---- pretraining
     "next-token-loss": (
-        Wrong("a mean", "a mean", {"return loss_sum, valid.sum()": "return loss_sum / valid.sum(), valid.sum()"}),
+        Wrong("a mean", "a mean", {
+            "return loss_sum, valid.sum()": "return loss_sum / valid.sum(), valid.sum()"}),
         Wrong("all targets are counted", "-100 counted", {
-            "return loss_sum, valid.sum()": "return loss_sum, valid.new_tensor(valid.numel(), dtype=torch.long)"}),
+            "return loss_sum, valid.sum()":
+            "return loss_sum, valid.new_tensor(valid.numel(), dtype=torch.long)"}),
         Wrong("shifted once more", "shifted again", {
             "hidden, targets = model.model(inputs, mask=mask).flatten(0, 1), targets.flatten()":
-            "hidden, targets = model.model(inputs, mask=mask)[:, :-1].flatten(0, 1), targets[:, 1:].flatten()"}),
+            "hidden, targets = model.model(inputs, mask=mask)[:, :-1].flatten(0, 1), "
+            "targets[:, 1:].flatten()"}),
         Wrong("the mask is left out", "passed on", {"model.model(inputs, mask=mask)": "model.model(inputs)"}),
-        Wrong("a mean of the mean", "a mean", {'reduction="sum")': 'reduction="mean")', "if chunked:": "if False:"}),
+        Wrong("a mean of the mean", "a mean", {
+            'reduction="sum")': 'reduction="mean")', "if chunked:": "if False:"}),
     ),
     "cross-entropy": (
         Wrong("the largest is not taken away", "overflow", {
-            "logits.sub_(top).exp_()": "logits.exp_()", "(top + total.log() - of_target)": "(total.log() - of_target)"}),
+            "logits.sub_(top).exp_()": "logits.exp_()",
+            "(top + total.log() - of_target)": "(total.log() - of_target)"}),
         Wrong("rows without a target have a loss", "-100", {"* valid)[:, 0]": "* 1)[:, 0]"}),
         Wrong("rows without a target have a gradient", "-100", {
             "torch.where(valid, 1 / total, 0.0)": "1 / total"}),
-        Wrong("the gradient lacks the target", "onehot", {".scatter_add_(1, target, -here.to(logits.dtype))": ""}),
+        Wrong("the gradient lacks the target", "onehot", {
+            ".scatter_add_(1, target, -here.to(logits.dtype))": ""}),
         Wrong("an average", "averaged", {
             "losses = ((top + total.log() - of_target) * valid)[:, 0]":
             "losses = ((top + total.log() - of_target) * valid)[:, 0] / max(1, int(valid.sum()))"}),
@@ -384,7 +406,8 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
             "self.tokenizer), self.end]": "self.tokenizer)]"}),
         Wrong("end-of-text within the text", "within the text", {
             "text = piece[:-1] if piece[-1] == self.end else piece": "text = piece"}),
-        Wrong("no room for sentinels", "end of the middle is not cut", {"- len(result) - 4": "- len(result)"}),
+        Wrong("no room for sentinels", "end of the middle is not cut", {
+            "- len(result) - 4": "- len(result)"}),
         Wrong("more than the window holds", "size", {"return result[:size]": "return result"}),
         Wrong("one draw for the window", "draw for each piece", {
             "result = []": "result, chosen = [], generator.random() < self.rate",
@@ -395,13 +418,16 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
     "muon": (
         Wrong("not divided by the norm", "divided by its norm", {
             "x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)": "pass"}),
-        Wrong("one norm for the batch", "norm of its own", {"x.norm(dim=(-2, -1), keepdim=True)": "x.norm()"}),
+        Wrong("one norm for the batch", "norm of its own", {
+            "x.norm(dim=(-2, -1), keepdim=True)": "x.norm()"}),
         Wrong("gram is squared number by number", "product of matrices", {"gram @ gram": "gram * gram"}),
         Wrong("zero divided by zero", "a little more", {" + 1e-7)": ")"}),
-        Wrong("b and c are swapped", "in their places", {"a, b, c = NEWTON_SCHULZ": "a, c, b = NEWTON_SCHULZ"}),
+        Wrong("b and c are swapped", "in their places", {
+            "a, b, c = NEWTON_SCHULZ": "a, c, b = NEWTON_SCHULZ"}),
     ),
     "learning-rate": (
-        Wrong("the first step is made with rate 0", "rate 0", {"(step + 1) / (warm + 1)": "step / max(1, warm)"}),
+        Wrong("the first step is made with rate 0", "rate 0", {
+            "(step + 1) / (warm + 1)": "step / max(1, warm)"}),
         Wrong("the last step has the final rate", "last step", {
             "(step - warm) / (steps - warm)": "(step - warm) / max(1, steps - 1 - warm)"}),
         Wrong("final_lr is a floor", "floor", {"(final + (1 - final) * above)": "max(final, above)"}),
@@ -418,11 +444,13 @@ WRONG: dict[str, tuple[Wrong, ...]] = {
         Wrong("clipped before the division", "clip once", {
             "    torch._foreach_mul_(gradients, mean)\n    norm = clip(gradients, settings.clip)\n":
             "    norm = clip(gradients, settings.clip)\n    torch._foreach_mul_(gradients, mean)\n"}),
-        Wrong("steps though the loss is not finite", "refuse_bad", {"refuse_bad(loss, norm, limit, lr)": "pass"}),
+        Wrong("steps though the loss is not finite", "refuse_bad", {
+            "refuse_bad(loss, norm, limit, lr)": "pass"}),
         Wrong("gradients are never zeroed", "zeroed", {"optimizer.zero_grad()": "pass"}),
         Wrong("clipped before unscaling", "divided out", {
             "/ (scaler.scale if scaler else 1)": "", "    if not overflow:\n":
-            "    if scaler:\n        torch._foreach_mul_(gradients, 1 / scaler.scale)\n    if not overflow:\n"}),
+            "    if scaler:\n        torch._foreach_mul_(gradients, 1 / scaler.scale)\n"
+            "    if not overflow:\n"}),
         Wrong("an overflow is stepped over unsaid", "tells the scaler", {
             "    if scaler:\n        scaler.update(overflow)\n": ""}),
     ),
@@ -855,7 +883,8 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "rope": ("""
         half = x.size(-1) // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1).float()  # rotate_half of transformers
-        return (x.float() * torch.cat((cos, cos), -1) + turned * torch.cat((sin, sin), -1)).to(x.dtype)""", """
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        return (x.float() * cos + turned * sin).to(x.dtype)""", """
         z = torch.complex(*x.float().chunk(2, dim=-1)) * torch.complex(cos, sin)
         return torch.cat((z.real, z.imag), dim=-1).to(x.dtype)"""),
     "attention": ("""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 import torch
 
 import config
@@ -66,6 +67,12 @@ def write_shards(folder, texts, tokenizer):
         meta[split] = data.write_shard(folder, split, tokenizer, workers=1)
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
+
+
+def need_trl():
+    """Skip, and say so, where there can be no TRL to compare with."""
+    if sys.version_info < (3, 11):
+        pytest.skip("TRL 1.16 is for Python 3.11 and later")
 
 
 def in_process(monkeypatch, capsys, main, *arguments):

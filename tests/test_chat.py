@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from support import need_trl
 
 import chat
 from bpe import GPT2_PATTERN, PATTERN, Tokenizer
@@ -279,6 +280,7 @@ def trained_by_trl(tmp_path):
     """A function: the (ids, labels) that TRL's trainer makes of the rows of a data set."""
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
+    need_trl()
     from trl import SFTConfig, SFTTrainer
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16,
                                          num_hidden_layers=1, num_attention_heads=2))
@@ -331,6 +333,7 @@ def test_the_completions_of_trl_are_our_last_replies_but_for_what_follows_their_
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_trl_finds_our_templates_fit_for_training(template, tmp_path):
+    need_trl()
     from trl.chat_template_utils import (has_generation_markers, is_chat_template_prefix_preserving,
                                          is_chat_template_stop_token_trained)
     tokenizer = in_transformers(tmp_path, template)

@@ -13,7 +13,7 @@ import divergence
 import objectives
 from config import UserError
 from divergence import FLOOR, KINDS, Divergence, Live, TopK, fit, humps, kd_loss, linear_kd_loss
-from support import in_process, randn, seeded
+from support import in_process, need_trl, randn, seeded
 
 LN2 = math.log(2)
 
@@ -103,6 +103,7 @@ def test_forward_and_reverse_are_torchs_kl_div_with_the_arguments_in_this_order(
 def peer():
     """TRL's generalized_jsd_loss."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    need_trl()
     from trl.experimental.gkd import GKDTrainer
     return GKDTrainer.generalized_jsd_loss
 

@@ -22,7 +22,8 @@ from lora import add_lora
 from objectives import token_logps
 from parallel import Env
 from preferences import Pair, encode_pairs
-from support import check_a_killed_run, in_process, randn, random_ids, random_model, run_stage, seeded
+from support import (check_a_killed_run, in_process, need_trl, randn, random_ids, random_model, run_stage,
+                     seeded)
 
 CPU = Env(torch.device("cpu"))
 TOKENIZER = with_chat_tokens(Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"]))  # 261 ids
@@ -202,6 +203,7 @@ def peer(tmp_path_factory):
     """A DPOTrainer of TRL on a model of ours in transformers; tests set its losses and reference."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    need_trl()
     from trl import DPOConfig, DPOTrainer
     folder = tmp_path_factory.mktemp("peer")
     save_model(model_for(), TOKENIZER, folder)
@@ -282,6 +284,7 @@ def test_through_a_whole_model_a_packed_batch_has_trls_loss_and_gradients(peer, 
 
 @pytest.mark.filterwarnings("ignore")
 def test_simpo_and_orpo_have_trls_values_and_gradients():
+    need_trl()
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
     numbers, beta = random_logps()[:2], 2.0

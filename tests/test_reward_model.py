@@ -23,7 +23,7 @@ from preferences import encode_pairs
 from reward_model import (Answers, RewardModel, calibration, histogram, judge, load_reward_model, pad_id,
                           pair_rewards, ranking_loss, read_at_end, reward_model_loss, save_reward_model,
                           scores_of)
-from support import (CLOSE, VARIANTS, check_a_killed_run, in_process, randn, random_ids, random_model,
+from support import (CLOSE, VARIANTS, check_a_killed_run, in_process, need_trl, randn, random_ids, random_model,
                      run_stage, seeded)
 
 CPU = Env(torch.device("cpu"))
@@ -199,6 +199,7 @@ def test_figures_and_loss_of_a_batch_by_hand():
 @pytest.mark.parametrize("centre, margin", [(0.0, False), (0.01, False), (0.1, True)])
 def test_through_a_whole_model_a_packed_batch_has_trls_loss_and_gradients(tmp_path, centre, margin):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    need_trl()
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
     from datasets import Dataset

@@ -1,4 +1,5 @@
 """README.md, README.zh.md, COURSE.md, LOG.md: what they promise is there."""
+import ast
 import importlib
 import re
 import sysconfig
@@ -135,6 +136,17 @@ def test_the_table_has_every_file_and_about_its_lines(name, text):
     assert set(rows) <= set(files), f"{name}: names of files that are not there"
     wrong = {file: (rows[file], files[file]) for file in files if abs(rows[file] - files[file]) > 0.15 * files[file]}
     assert not wrong, f"{name}: lines in the table, and in fact, more than 15 % apart: {wrong}"
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["en", "zh"])
+def test_imports_run_downwards_in_the_reading_order(text):
+    order = [file for row in re.findall(r"^\| (`[^|]*`) \|", text, re.M) for file in re.findall(r"`(\w+)\.py`", row)]
+    for number, file in enumerate(order):
+        for node in ast.parse(read(f"{file}.py")).body:  # at the top level: those in functions run later
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            later = set(names) & set(order[number:])
+            assert not later, f"{file}.py imports {later}, which stands behind it"
 
 
 def anchor(heading):

@@ -1,7 +1,7 @@
 """The whole life of a language model in one command: the stages below, one after the other.
 
     ./speedrun.sh                  # sets up .venv and runs this; on Windows, or where torch is there already:
-    python speedrun.py             # 40 minutes at most on two cores, without a network or a GPU
+    python speedrun.py             # 19 minutes on two cores, 40 on slow ones, without a network or a GPU
     python speedrun.py --quick     # each stage for a few steps, below runs/quick: 5 minutes
     python speedrun.py --list      # the commands and their minutes, to be typed one by one
 
@@ -44,35 +44,35 @@ class Stage:
 
 TRY = "--questions 20 --eval_every 0"  # --quick: so few questions are answered before and after
 STAGES = (
-    Stage("data", "text, cleaned; a tokenizer; token shards", "data.py", 0.3, kept="runs/data/meta.json",
+    Stage("data", "text, cleaned; a tokenizer; token shards", "data.py", 0.1, kept="runs/data/meta.json",
           trains=False),
-    Stage("tokenizer", "what its tokens are worth", "bpe.py compare runs/data --text runs/data/val.jsonl", 0.2,
+    Stage("tokenizer", "what its tokens are worth", "bpe.py compare runs/data --text runs/data/val.jsonl", 0.1,
           trains=False),
     Stage("pretrain", "a model that goes on with text", "train.py", 3, "--steps 60 --eval_stride 128"),
-    Stage("sft", "it answers questions", "sft.py", 4, f"--steps 30 {TRY}"),
+    Stage("sft", "it answers questions", "sft.py", 2.5, f"--steps 30 {TRY}"),
     Stage("lora", "the same with 4 % of the weights", "sft.py --lora_rank 8 --lora_alpha 16 --steps 60 "
-          "--out runs/lora", 2, f"--batch_size 8 {TRY}"),
+          "--out runs/lora", 1, f"--batch_size 8 {TRY}"),
     Stage("pairs", "it answers 2,000 prompts eight times; a rule tells best from worst", "dpo.py --make_pairs",
-          7, "--prompts 100 --samples 2 --chosen author", samples=True),
-    Stage("dpo", "it prefers the better of its answers", "dpo.py", 3,
+          2.5, "--prompts 100 --samples 2 --chosen author", samples=True),
+    Stage("dpo", "it prefers the better of its answers", "dpo.py", 1,
           f"--steps 10 --samples_of_questions 1 {TRY}"),
-    Stage("reward", "a model of which answer is better", "ppo.py --train_reward_model", 2, "--steps 10"),
-    Stage("ppo", "it is rewarded by that model", "ppo.py", 6, f"--steps 3 {TRY}"),
+    Stage("reward", "a model of which answer is better", "ppo.py --train_reward_model", 1, "--steps 10"),
+    Stage("ppo", "it is rewarded by that model", "ppo.py", 2, f"--steps 3 {TRY}"),
     Stage("sums", "problems with an exact answer, and a model for them", "arithmetic.py --overwrite", 0.1,
           "--learn 1000 --problems 1000 --val 100", kept="runs/arithmetic/sft/val.jsonl", trains=False),
     Stage("sums-sft", "it learns their form", "sft.py --init_from runs/arithmetic/start "
           "--data runs/arithmetic/sft --replay none --seq_len 160 --batch_size 4 --steps 530 --questions 0 "
-          "--out runs/arithmetic-sft", 1, "--steps 60"),
+          "--out runs/arithmetic-sft", 0.5, "--steps 60"),
     Stage("sums-grpo", "right answers are rewarded", "ppo.py --algorithm grpo --init_from runs/arithmetic-sft "
           "--prompts_data runs/arithmetic/problems --rewards exact=1 format=0 --batch_size 512 "
           "--minibatch_size 256 --update_epochs 1 --lr 5e-4 --adam_lr 5e-4 --seq_len 160 --max_new_tokens 48 "
-          "--questions 200 --steps 60 --out runs/arithmetic-grpo", 5,
+          "--questions 200 --steps 60 --out runs/arithmetic-grpo", 2.5,
           f"--batch_size 64 --minibatch_size 64 --steps 3 {TRY}"),
-    Stage("distil", "a model of a quarter of the size learns from it", "distill.py", 4, "--steps 30"),
-    Stage("alone", "the same small model, without a teacher", "distill.py --kd_weight 0 --out runs/alone", 2,
+    Stage("distil", "a model of a quarter of the size learns from it", "distill.py", 2, "--steps 30"),
+    Stage("alone", "the same small model, without a teacher", "distill.py --kd_weight 0 --out runs/alone", 1,
           "--steps 30"),
     Stage("distil-chat", "the small model learns to answer, from the one that prefers",
-          "distill.py --teacher runs/dpo --init_from runs/student --data runs/chat --out runs/student-chat", 5,
+          "distill.py --teacher runs/dpo --init_from runs/student --data runs/chat --out runs/student-chat", 1.5,
           f"--steps 20 --samples_of_questions 1 {TRY}"),
     Stage("report", "one page of all that", "report.py", 0.1, trains=False),
 )

@@ -126,7 +126,7 @@ def reduced(one: Command) -> Command:
 def prepare(folder: Path, small: bool):
     """A copy of the files, to run in; and if small, the texts that the reduced commands learn from."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), ROOT / "pytest.ini"):
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("__pycache__"))
@@ -180,8 +180,9 @@ def run_all(folder: Path, small: bool, only=(), timeout: float = 7200, say=print
             continue
         began = time.perf_counter()
         code, output = execute(reduced(one) if small else one, folder, timeout)
-        say(f"{'ok' if code == 0 else f'FAILED {code}':9} {time.perf_counter() - began:6.1f} s  {one.text}")
-        if code:
+        good = code == (one.script == "exercise.py" and "grade" in one.words)  # 1: nobody has written it
+        say(f"{'ok' if good else f'FAILED {code}':9} {time.perf_counter() - began:6.1f} s  {one.text}")
+        if not good:
             failed.append(f"{one.text}\n{output}")
     return failed
 

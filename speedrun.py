@@ -38,8 +38,15 @@ class Stage:
     minutes: float  # on two cores
     quick: str = ""  # what --quick adds to it
     kept: str = ""  # a file that is there once the stage is done: then it is not run again
+    out: str = ""  # the folder that it makes, where its command does not say --out
     trains: bool = True  # in as many processes as there are GPUs
     samples: bool = False  # what takes its time is sampling, which processes share on a CPU too
+
+    @property
+    def makes(self) -> str:
+        """The folder without which it is not done, whatever was noted; "" where there is none."""
+        words = shlex.split(self.words)
+        return words[words.index("--out") + 1] if "--out" in words else self.out
 
 
 TRY = "--questions 20 --eval_every 0"  # --quick: so few questions are answered before and after
@@ -48,16 +55,18 @@ STAGES = (
           trains=False),
     Stage("tokenizer", "what its tokens are worth", "bpe.py compare runs/data --text runs/data/val.jsonl", 0.1,
           trains=False),
-    Stage("pretrain", "a model that goes on with text", "train.py", 3, "--steps 60 --eval_stride 128"),
-    Stage("sft", "it answers questions", "sft.py", 2.5, f"--steps 30 {TRY}"),
+    Stage("pretrain", "a model that goes on with text", "train.py", 3, "--steps 60 --eval_stride 128",
+          out="runs/base"),
+    Stage("sft", "it answers questions", "sft.py", 2.5, f"--steps 30 {TRY}", out="runs/sft"),
     Stage("lora", "the same with 4 % of the weights", "sft.py --lora_rank 8 --lora_alpha 16 --steps 60 "
           "--out runs/lora", 1, f"--batch_size 8 {TRY}"),
-    Stage("pairs", "it answers 2,000 prompts eight times; a rule tells best from worst", "dpo.py --make_pairs",
-          2.5, "--prompts 100 --samples 2 --chosen author", samples=True),
+    Stage("pairs", "it answers each prompt several times; a rule tells best from worst", "dpo.py --make_pairs",
+          2.5, "--prompts 100 --samples 2 --chosen author", out="runs/pairs", samples=True),
     Stage("dpo", "it prefers the better of its answers", "dpo.py", 1,
-          f"--steps 10 --samples_of_questions 1 {TRY}"),
-    Stage("reward", "a model of which answer is better", "ppo.py --train_reward_model", 1, "--steps 10"),
-    Stage("ppo", "it is rewarded by that model", "ppo.py", 2, f"--steps 3 {TRY}"),
+          f"--steps 10 --samples_of_questions 1 {TRY}", out="runs/dpo"),
+    Stage("reward", "a model of which answer is better", "ppo.py --train_reward_model", 1, "--steps 10",
+          out="runs/reward"),
+    Stage("ppo", "it is rewarded by that model", "ppo.py", 2, f"--steps 3 {TRY}", out="runs/ppo"),
     Stage("sums", "problems with an exact answer, and a model for them", "arithmetic.py --overwrite", 0.1,
           "--learn 1000 --problems 1000 --val 100", kept="runs/arithmetic/sft/val.jsonl", trains=False),
     Stage("sums-sft", "it learns their form", "sft.py --init_from runs/arithmetic/start "
@@ -68,7 +77,8 @@ STAGES = (
           "--minibatch_size 256 --update_epochs 1 --lr 5e-4 --adam_lr 5e-4 --seq_len 160 --max_new_tokens 48 "
           "--questions 200 --steps 60 --out runs/arithmetic-grpo", 2.5,
           f"--batch_size 64 --minibatch_size 64 --steps 3 {TRY}"),
-    Stage("distil", "a model of a quarter of the size learns from it", "distill.py", 2, "--steps 30"),
+    Stage("distil", "a model of a quarter of the size learns from it", "distill.py", 2, "--steps 30",
+          out="runs/student"),
     Stage("alone", "the same small model, without a teacher", "distill.py --kd_weight 0 --out runs/alone", 1,
           "--steps 30"),
     Stage("distil-chat", "the small model learns to answer, from the one that prefers",
@@ -90,6 +100,8 @@ def command(stage: Stage, quick: bool, processes: int, folder: Path = Path(__fil
 
 def processes_for(stage: Stage, gpus: int) -> int:
     """How many processes share a stage: one for each GPU; without any, sampling is shared by the cores."""
+    if sys.platform == "win32":
+        return 1  # torchrun fails there: it wants a libuv that PyPI's torch is built without
     if stage.trains and gpus > 1:
         return gpus
     return min(4, cores()) if stage.samples and not gpus else 1
@@ -107,8 +119,9 @@ class Done:
         if self.path.exists():
             try:
                 self.stages = json.loads(self.path.read_text(encoding="utf-8"))
-                assert all(isinstance(stage["seconds"], (int, float)) for stage in self.stages.values())
-            except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+                if not all(0 <= stage["seconds"] < 1e12 for stage in self.stages.values()):  # nan, too
+                    raise ValueError
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise UserError(f"{self.path} is damaged; delete it: the stages know themselves what is done"
                                 ) from None
 
@@ -133,14 +146,15 @@ def run_stage(words: Sequence[str], folder: Path, log: Path) -> int:
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     here = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    process = subprocess.Popen([*here[words[0]], *words[1:]], cwd=folder, env=environment,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with open(log, "ab") as file, passed_on(process):
-        while said := os.read(process.stdout.fileno(), 65536):
-            file.write(said)
-            file.flush()
-            show(said)
-        return process.wait()
+    with open(log, "ab") as file:
+        process = subprocess.Popen([*here[words[0]], *words[1:]], cwd=folder, env=environment,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with passed_on(process):
+            while said := os.read(process.stdout.fileno(), 65536):
+                file.write(said)
+                file.flush()
+                show(said)
+            return process.wait()
 
 
 @contextlib.contextmanager
@@ -188,8 +202,11 @@ def main():
     settings = parse(Settings)
     gpus = count_gpus()
     if settings.list:
-        print_list(settings, gpus)
-    else:
+        return print_list(settings, gpus)
+    from survive import alone  # as below: it needs torch
+    folder = Path(settings.folder, "runs", "speedrun")
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
         run_all(settings, gpus)
 
 
@@ -199,16 +216,18 @@ def count_gpus() -> int:
 
 
 def print_list(settings: Settings, gpus: int):
+    folder = Path(settings.folder)
+    if folder != Path("."):
+        print(f"mkdir -p {shlex.quote(str(folder))} && cd {shlex.quote(str(folder))}")
     for stage in STAGES:
         minutes = f"{stage.minutes:g} min on two cores" if not settings.quick else ""
         print(f"# {stage.name}: {stage.what}; {minutes}".removesuffix("; "))
-        print(shlex.join(command(stage, settings.quick, processes_for(stage, gpus))))
+        print(shlex.join(command(stage, settings.quick, processes_for(stage, gpus), folder)))
 
 
 def run_all(settings: Settings, gpus: int):
     """Run what is not yet done, in order; say what each stage took."""
     folder, own = Path(settings.folder), Path(settings.folder, "runs", "speedrun")
-    own.mkdir(parents=True, exist_ok=True)
     done, as_before = Done(own), True  # as_before: all up to here was done already
     print(f"{len(STAGES)} stages in {folder.resolve()}, on {gpus or 'no'} GPUs and {cores()} cores; "
           + (f"about {sum(stage.minutes for stage in STAGES):.0f} min on two cores"
@@ -216,7 +235,8 @@ def run_all(settings: Settings, gpus: int):
     for number, stage in enumerate(STAGES, 1):
         words = command(stage, settings.quick, processes_for(stage, gpus), folder)
         there = stage.kept and (folder / stage.kept).exists()
-        if there or as_before and done.has(stage, words) and stage is not STAGES[-1]:
+        noted = done.has(stage, words) and (folder / stage.makes).exists() and stage is not STAGES[-1]
+        if there or as_before and noted:
             print(f"[{number}/{len(STAGES)}] {stage.name} is there already")
             continue
         as_before = False

@@ -453,7 +453,7 @@ def alone(folder: Path):
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # not: a disk that knows no locks
                 raise UserError(f"another process is at work in {folder}; wait for its end, or choose "
-                                f"another --out") from None
+                                f"another folder") from None
         yield
 
 

@@ -15,6 +15,7 @@ import config
 import speedrun
 from config import UserError
 from speedrun import STAGES, Done, Stage, command, processes_for, run_stage
+from survive import alone
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def test_a_stage_reads_what_an_earlier_one_writes():
             getattr(getattr(module, "Settings", None), "data" if "--make_pairs" in words else "out", None)
         for folder in folders - {out}:
             assert any(folder.startswith(earlier) for earlier in written), f"{stage.name}: who makes {folder}?"
+        assert stage.makes == (out if stage.trains else ""), f"{stage.name}: it is done where {out} is there"
         written.add(out)
 
 
@@ -73,6 +75,12 @@ def test_gpus_share_the_training_and_without_any_the_cores_share_the_sampling(gp
     assert all(found[name] == expected.get(name, 1) for name in ("data", "pairs", "report", *expected))
     assert all((number > 1) == (command(stage, False, number)[0] == "torchrun")
                for stage, number in zip(STAGES, found.values()))
+
+
+def test_windows_whose_torchrun_fails_does_without(monkeypatch):
+    monkeypatch.setattr(speedrun, "cores", lambda: 8)
+    monkeypatch.setattr(speedrun.sys, "platform", "win32")
+    assert {processes_for(stage, gpus) for stage in STAGES for gpus in (0, 2)} == {1}
 
 
 def test_what_is_typed_elsewhere_names_the_script_by_its_place(tmp_path):
@@ -122,6 +130,28 @@ def test_a_stage_is_run_again_where_its_command_or_what_came_before_is_another(s
     assert said(stages)[3:] == ["two", "three"]
 
 
+def test_a_stage_whose_folder_was_deleted_is_run_again(stages, monkeypatch, capfd):
+    (stages / "mended").touch()
+    monkeypatch.setattr(speedrun, "STAGES", (*speedrun.STAGES[:1], Stage("two", "", "two", 1, out="runs/two"),
+                                             *speedrun.STAGES[2:]))
+    (stages / "runs" / "two").mkdir(parents=True)
+    for expected in ("one two three", "three"):  # the last one always is
+        (stages / "said.txt").unlink(missing_ok=True)
+        assert in_process(monkeypatch, capfd, speedrun.main)[0] == 0
+        assert said(stages) == expected.split()
+    (stages / "runs" / "two").rmdir()
+    assert in_process(monkeypatch, capfd, speedrun.main)[0] == 0
+    assert said(stages) == ["three", "two", "three"], "what was deleted was said to be there already"
+
+
+def test_two_at_once_in_a_folder_are_one_too_many(stages, monkeypatch, capfd):
+    (stages / "runs" / "speedrun").mkdir(parents=True)
+    with alone(stages / "runs" / "speedrun"):
+        code, out, err = in_process(monkeypatch, capfd, speedrun.main)
+    assert code == 2 and err.count("\n") == 1 and "another process is at work in" in err
+    assert not (stages / "said.txt").exists()
+
+
 def test_seconds_add_up_over_the_parts_of_a_stage(tmp_path):
     stage, done = STAGES[2], Done(tmp_path)
     done.add(stage, ["python", "a b"], 2.0, False)
@@ -130,7 +160,9 @@ def test_seconds_add_up_over_the_parts_of_a_stage(tmp_path):
     assert Done(tmp_path).seconds(stage) == 5.5 and Done(tmp_path).has(stage, ["python", "a b"])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"one": 3}', '{"one": {"seconds": "x"}}', "\x00"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"one": 3}', '{"one": {"seconds": "x"}}', "\x00",
+                                     '{"one": {"seconds": NaN}}', "[" * 100_000],
+                         ids=lambda content: repr(content)[:24])
 def test_a_damaged_list_of_what_is_done_is_told_of(tmp_path, content):
     (tmp_path / "done.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="done.json is damaged; delete it"):
@@ -169,6 +201,14 @@ def test_the_list_can_be_typed(monkeypatch, capsys):
     lines = [line for line in out.splitlines() if not line.startswith("#")]
     assert code == 0 and len(lines) == len(STAGES)
     assert "python sft.py" in lines and "python dpo.py" in lines
+
+
+def test_the_list_for_another_folder_is_typed_there(monkeypatch, capsys):
+    monkeypatch.setattr(speedrun, "count_gpus", lambda: 0)
+    _, out, _ = in_process(monkeypatch, capsys, speedrun.main, "--list", "--quick", "--folder", "my runs")
+    lines = [line for line in out.splitlines() if not line.startswith("#")]
+    assert lines[0] == "mkdir -p 'my runs' && cd 'my runs'"
+    assert shlex.join(["python", str(ROOT / "sft.py"), *shlex.split(STAGES[3].quick)]) in lines
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script; on Windows speedrun.py itself is called")

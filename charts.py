@@ -106,7 +106,7 @@ def lacking(run: Run) -> list[str]:
 
 def levels(run: Run) -> dict[str, float]:
     """{name: bits per byte} that compressors need for the held-out text, by its data's meta.json."""
-    name = Path(str(run.settings.get("data", "data"))).name[:255]  # longer than any folder's: no such folder
+    name = Path(str(run.settings.get("data", "data"))).name
     found = part(read_object(run.folder.parent / name / "meta.json", []), "compressors")
     return {f"{name} {value:.3f}": value for name in ("xz", "gzip")
             if (value := number(part(found, name))) is not None}

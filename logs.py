@@ -70,10 +70,6 @@ class Run:
             return None
         return int(sum(values) if self.kind == "reinforcement" else values[-1])
 
-    def last(self, key: str) -> float | None:
-        points = self.series.get(key)
-        return points[-1][1] if points else None
-
 
 def number(value) -> float | None:
     """A number that can be drawn, or None. (In Python's JSON there is NaN, and numbers of any length.)"""
@@ -89,11 +85,15 @@ def part(content, *keys):
 
 
 def find(folder: Path) -> list[Path]:
-    """The run folders below a folder, down to three levels: those where a stage has left one of its files."""
+    """The run folders below a folder, down to three levels: those where a stage has left one of its files.
+
+    A folder `runs` further down is another place, with a report of its own: speedrun.py --quick makes one.
+    """
     found = {}
     for place, folders, files in os.walk(folder, followlinks=True):  # (a link to itself is seen once)
         inside = Path(place).relative_to(folder).parts
-        folders[:] = [] if len(inside) >= 3 else sorted(set(folders) - {"state", "adapter"})
+        others = {"state", "adapter", "runs"} if inside else {"state", "adapter"}
+        folders[:] = [] if len(inside) >= 3 else sorted(set(folders) - others)
         own = inside and {"log.jsonl", "settings.json", "made.json"} & set(files)
         if own or inside and isinstance(part(read_object(Path(place, "meta.json"), []), "train"), dict):
             found.setdefault(Path(place).resolve(), Path(place))
@@ -129,9 +129,9 @@ def read(folder: Path, name: str | None = None) -> Run:
 
 def read_object(path: Path, problems: list[str]) -> dict | None:
     """The object in a JSON file; None where there is no such file, or with a problem where it is damaged."""
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         content = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
         if isinstance(content, dict):
             return content

@@ -29,9 +29,9 @@ PAIR_LOSS = Chart("Loss", "nats a pair", {"training": "loss_nats_per_pair"},
                   "near 0 beside held-out pairs that stay above 0.6 is learning by heart: fewer epochs "
                   "help.")
 RIGHT = Chart("Pairs in the right order", "share", {"training": "accuracy"}, {"held out": "val_accuracy"},
-              "How often the chosen answer has the higher reward. 0.5 is guessing; 0.6 to 0.75 on held-out "
-              "pairs is usual, as people, and rules of thumb, agree no better. 1.0 in training alone is "
-              "learning by heart.")
+              "How often the chosen answer has the higher reward. 0.5 is guessing. Of pairs that people have "
+              "put in order, 0.6 to 0.75 held out is usual, as they agree no better themselves; where a rule "
+              "has, as in the main job, 0.8 to 0.95. 1.0 in training alone is learning by heart.")
 REWARDS = Chart("Rewards of both answers", "reward",
                 {"chosen": "chosen_reward", "rejected": "rejected_reward"},
                 {"chosen, held out": "val_chosen_reward", "rejected, held out": "val_rejected_reward"},

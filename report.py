@@ -199,8 +199,8 @@ def of_data(run: Run) -> str:
     needed = " and ".join(f"{name} {value:.3f}" for name in ("xz", "gzip")
                           if (value := number(part(run.meta, "compressors", name))))
     if needed:
-        text += (f"<p>Programs that compress need, of bits per byte of the held-out text: {escape(needed)}. "
-                 f"A model that needs fewer has found more in the text than they do.</p>\n")
+        text += (f"<p>Programs that compress need this many bits per byte of the held-out text: "
+                 f"{escape(needed)}. A model that needs fewer has found more in the text than they do.</p>\n")
     try:
         return text + (funnel.body(run.funnel) if run.funnel else "")
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
@@ -220,8 +220,8 @@ def of_rewards(run: Run) -> str:
              for side in ("chosen", "rejected") if isinstance(edges, list) and isinstance(
                  counts := part(run.results, "histogram", side), list)}
     drawn = figure("Rewards of held-out answers", "answers", lines, x_name="reward",
-                   why="Where the rewards lie: two hills apart are a judge that sees a difference, one on "
-                       "the other one that guesses.")
+                   why="Where the rewards lie: two hills apart are a judge that sees a difference, hills "
+                       "that lie on each other are one that guesses.")
     return text + (f'<div class="charts">{drawn}</div>\n' if drawn else "")
 
 
@@ -327,9 +327,9 @@ def main(argv: Sequence[str] | None = None):
     runs = chosen(settings)
     if settings.terminal:
         columns, encoding = shutil.get_terminal_size().columns, sys.stdout.encoding or "utf-8"
-        print("\n\n".join(terminal(run, columns, encoding=encoding) for run in runs if run.kind not in (
-            "data", "pairs")))
-        return
+        drawn = [terminal(run, columns, encoding=encoding)
+                 for run in runs if run.kind not in ("data", "pairs")]
+        return print("\n\n".join(drawn) or "data and pairs have no curves, and there is no other run yet")
     out = Path(settings.out or Path(settings.runs, "report.html"))
     text = page(runs, compared=len(settings.compare) > 1)
     out.parent.mkdir(parents=True, exist_ok=True)

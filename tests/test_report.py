@@ -292,6 +292,20 @@ def test_a_broken_log_is_named_and_the_page_opens(monkeypatch, capsys, tmp_path,
     assert "Step 2 of 100" in text, "the run beside it is under way"
 
 
+def test_a_quick_run_in_the_same_folder_has_a_page_of_its_own(tmp_path, runs):
+    make(runs / "quick" / "runs" / "base", [line(1)])
+    make(runs / "mine" / "seed1", [line(1)])
+    assert {folder.name for folder in logs.find(runs)} == {"data", "base", "dpo", "ppo", "seed1"}
+    assert logs.find(runs / "quick" / "runs") == [runs / "quick" / "runs" / "base"]
+    assert len(logs.find(tmp_path)) == 5, "seen from the folder above, runs is where they are"
+
+
+@pytest.mark.parametrize("name", ["ä" * 255, "x" * 5000, "a\0b", 5, ["x"]], ids=lambda name: repr(name)[:6])
+def test_data_of_an_impossible_name_are_as_if_they_were_not_there(tmp_path, name):
+    run = logs.read(make(tmp_path / "base", [line(1), line(2)], BASE | {"data": name}))
+    Page(report.page([run], compared=False))
+
+
 def test_missing_files_are_named(tmp_path):
     (tmp_path / "bare").mkdir()
     assert logs.read(tmp_path / "bare").problems == ["log.jsonl is missing: no curve can be drawn"]
@@ -446,6 +460,7 @@ def test_the_terminal_shows_all_runs_and_says_which_have_no_curve(monkeypatch, c
     assert code == 0 and not (runs / "report.html").exists()
     assert "base: bits per byte" in text and "ppo: reward" in text
     assert "empty: no curve; log.jsonl is empty" in text
+    assert "no other run yet" in in_process(monkeypatch, capsys, report.main, runs / "data", "--terminal")[1]
 
 
 def test_the_page_lies_in_the_runs_folder_and_is_made_anew(monkeypatch, capsys, runs):

@@ -242,7 +242,8 @@ def read_state() -> dict:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         numbers = [value for entry in state["exercises"].values() for value in entry.values()]
-        if not all(type(value) in (int, float) for value in numbers) or not isinstance(state["files"], dict):
+        in_bounds = all(type(value) in (int, float) and 0 <= value < 1e12 for value in numbers)  # not nan
+        if not in_bounds or not isinstance(state["files"], dict):
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged; delete it: your files stay, what was passed is to be graded "
@@ -493,7 +494,18 @@ def prepare(exercise, exercises: dict, source: bytes, original: bytes) -> Answer
                                   f"parameters than it must: ({given}) instead of ({wanted})")
     others = [other.function for other in exercises.values()
               if other.file == exercise.file and other.function != exercise.function]
-    return Answer(*with_functions(source, original, others), None)
+    content, numbers = with_functions(source, original, others)
+    if not same_functions(content, source, [exercise.function, *others]):
+        return Answer(source, [], f"{here} is indented otherwise than the original: four spaces, no tabs")
+    return Answer(content, numbers, None)
+
+
+def same_functions(content: bytes, source: bytes, functions) -> bool:
+    """Whether both have the same of them; not, where methods with four spaces came into a class with tabs."""
+    try:
+        return all(find(content, name) for name in functions if find(source, name))
+    except SyntaxError:
+        return False
 
 
 def signature(node: ast.FunctionDef) -> str:

@@ -305,6 +305,16 @@ def test_line_numbers_are_those_of_the_learners_file(toy, tmp_path):
     assert f"my/toy.py, line {line}, raised IndexError" in toy("grade", "triple")[1]
 
 
+@pytest.mark.parametrize("indent", ["\t", "  "], ids=["tabs", "two spaces"])
+def test_a_class_that_an_editor_has_indented_anew_is_told_of(indent):
+    original = "class A:\n    def f(self):\n        return 1\n\n    def g(self):\n        return 2\n"
+    f, g = (type(EXERCISES[0])(name, "toy.py", f"A.{name}", "", 5, "easy", {}, ()) for name in "fg")
+    mine = original.replace("    ", indent).encode()
+    for one in (f, g):
+        assert "four spaces" in course.prepare(one, {"f": f, "g": g}, mine, original.encode()).problem
+    assert course.prepare(f, {"f": f}, mine, original.encode()).problem is None, "it is Python all the same"
+
+
 def test_helpers_and_imports_of_the_learners_own_are_welcome(toy, tmp_path):
     toy("start", "double")
     answer(tmp_path, "return mine(x) + int(random.random() / 2)")
@@ -351,7 +361,9 @@ def test_misuse_is_one_line(toy, tmp_path):
 def test_a_damaged_record_is_one_line_with_the_remedy_which_works(toy, tmp_path):
     toy("start", "double")
     answer(tmp_path, "return 2 * x")
-    for content in ("{", "[]", '{"files": {}, "exercises": {"double": {"passed": "yes"}}}', '{"files": 1}'):
+    for content in ("{", "[]", '{"files": {}, "exercises": {"double": {"passed": "yes"}}}', '{"files": 1}',
+                    '{"files": {}, "exercises": {"double": {"hints": NaN}}}',
+                    '{"files": {}, "exercises": {"double": {"hints": -3}}}'):
         (tmp_path / "my" / course.STATE).write_text(content, encoding="utf-8")
         code, said = toy("progress")
         assert code == 2 and "damaged; delete it" in said, content

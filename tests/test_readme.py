@@ -197,6 +197,14 @@ def test_the_course_has_each_exercise_once():
     assert sorted(named) == sorted(exercise.name for exercise in EXERCISES)
 
 
+def test_the_course_reads_the_files_of_a_weeks_exercises():
+    files = {exercise.name: exercise.file for exercise in EXERCISES}
+    for week in read("COURSE.md").split("\n## ")[1:-1]:  # the last has no exercises of its own
+        [reading], [named] = (re.findall(rf"^\* \*\*{word}\*\* (.*)$", week, re.M) for word in ("Read", "Exercises"))
+        for name in re.findall("`([^`]+)`", named):
+            assert f"`{files[name]}`" in reading, f"{week.splitlines()[0]}: {name} is of a file that is not read"
+
+
 def test_the_readmes_state_the_same_measurements():
     found = [set(re.findall(r"\d[\d.,]* ± [\d.]*\d", text)) for text in (README, CHINESE)]
     assert found[0] == found[1]

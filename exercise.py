@@ -13,7 +13,8 @@ is graded is your whole file among the product's other files: helper functions a
 welcome, as long as the function keeps its name and its parameters. The tests and their hints stand in
 tests/exercises.py. The tests need what `pip install -r requirements-dev.txt` installs.
 
-Your answer runs as a program of your own, with all that it may do: grade nobody else's without a sandbox.
+Your answer runs as a program of your own, with all that it may do: grade nobody else's without a sandbox, and
+take no pass for a proof, as an answer can call the original.
 """
 import ast
 import difflib

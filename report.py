@@ -315,7 +315,7 @@ def chosen(settings: Settings) -> list[Run]:
     runs = in_order([read(folder, printable(folder.relative_to(top))) for folder in find(top)])
     if not runs:
         raise UserError(f"{settings.runs}: no run folder in it; train.py makes the first, in runs/base, and "
-                        f"--runs names another place")
+                        f"--runs names another place, such as runs/quick/runs")
     return runs
 
 

@@ -321,8 +321,8 @@ def test_the_moments_of_every_optimizer_move_between_layouts_bit_for_bit(tmp_pat
 def task_slow_disk(out):
     """A state takes longer to write than another process may keep the others waiting: that is no hang."""
     import checkpoint
-    plain = checkpoint.sha256
-    checkpoint.sha256 = lambda path: (time.sleep(1), plain(path))[1]  # a state is five files
+    plain = checkpoint.file_checksum
+    checkpoint.file_checksum = lambda path: (time.sleep(1), plain(path))[1]  # a state is five files
     settings = settings_for(out=out, timeout_minutes=0.04, steps=2, save_every=1)
     env = train.setup(settings)
     batches = Windows(4, env.data_rank, env.data_world_size)

@@ -204,6 +204,7 @@ def in_transformers(folder, template, pattern=PATTERN, chat_template=None):
 
 def published(name):
     """A chat template as its model is published with, from TRL's collection of them."""
+    need_trl()
     folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
     return (folder / f"{name}.jinja").read_text(encoding="utf-8")
 
@@ -278,9 +279,9 @@ def test_transformers_lets_a_text_spell_a_special_token_and_render_does_not(tmp_
 @pytest.fixture
 def trained_by_trl(tmp_path):
     """A function: the (ids, labels) that TRL's trainer makes of the rows of a data set."""
+    need_trl()
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
-    need_trl()
     from trl import SFTConfig, SFTTrainer
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16,
                                          num_hidden_layers=1, num_attention_heads=2))

@@ -201,9 +201,9 @@ IN_TRL = {kind: kind for kind in ("sigmoid", "hinge", "robust", "sigmoid_norm", 
 @pytest.fixture(scope="session")
 def peer(tmp_path_factory):
     """A DPOTrainer of TRL on a model of ours in transformers; tests set its losses and reference."""
+    need_trl()
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    need_trl()
     from trl import DPOConfig, DPOTrainer
     folder = tmp_path_factory.mktemp("peer")
     save_model(model_for(), TOKENIZER, folder)

@@ -23,7 +23,7 @@ from bpe import Tokenizer
 from chat import CHATML, LLAMA3, QWEN3, TEMPLATES, jinja, read_conversations, render
 from checkpoint import save_model
 from model import ModelConfig, Transformer
-from support import in_process
+from support import in_process, need_trl
 
 SCRIPT = Path(sample.__file__).resolve()
 TEXT = "the cat sat on the mat; 天地玄黄，宇宙洪荒。 " * 5
@@ -638,8 +638,10 @@ def test_at_a_terminal_there_is_a_prompt_and_ctrl_c_and_ctrl_d_do_what_they_say(
     ours, theirs = pty.openpty()
     command = [sys.executable, SCRIPT, "--chat", tmp_path, "--temperature", "0", "--window", "32",
                "--max_new_tokens", "1000000", "--precision", "fp32"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell has us ignore Ctrl-C
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"})
+    signal.signal(signal.SIGINT, before)
     os.close(theirs)
     try:
         def read_until(is_enough):
@@ -672,6 +674,7 @@ def folder_with(path, template, chat_template=None, extra=()):
 
 def published(name):
     """A chat template as its model is published with, from TRL's collection of them."""
+    need_trl()
     folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
     return (folder / f"{name}.jinja").read_text(encoding="utf-8")
 

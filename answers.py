@@ -26,9 +26,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from batches import file_checksum
 from bpe import Tokenizer
-from config import UserError, open_whole, parse, require, run, show
+from config import UserError, file_checksum, open_whole, parse, require, run, show
 from documents import write_documents
 from dpo import prepare_prompts
 from parallel import Compute, Env

@@ -29,11 +29,11 @@ import torch
 from tqdm import tqdm
 
 import stdlib_chat
-from batches import SPLITS, file_checksum
+from batches import SPLITS
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
 from checkpoint import read_json
-from config import UserError, open_whole, parse, require, run
+from config import UserError, file_checksum, open_whole, parse, require, run
 from documents import stored_documents, write_documents
 from generation import Packed
 from lora import open_model

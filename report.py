@@ -24,7 +24,8 @@ from metrics import INTRODUCTIONS
 from page import bar, document, escape, printable, table
 
 STYLE = plot.STYLE + """
-svg { background: none; max-width: 100%; } .chart { width: 100%; max-width: 44rem; height: auto; display: block; }
+svg { background: none; max-width: 100%; }
+.chart { width: 100%; max-width: 44rem; height: auto; display: block; }
 .chart text { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
 svg { fill: var(--ink); } figure { margin: 0; } figure h4 { margin: 0; font-size: 1rem; }
 figcaption p { margin: 0 0 .4rem; font-size: .88rem; color: var(--soft); }

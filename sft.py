@@ -574,7 +574,7 @@ def side_by_side(asked: Sequence[dict], before: Sequence[tuple[str, bool]],
 
 
 def compare(before: dict, last: dict, asked: Sequence[dict], settings: Settings, env: Env):
-    """Print and write the table of before and after, and a few replies side by side. last: the log's last line."""
+    """Print and write the table of before and after, and a few replies. last: the log's last line."""
     model, tokenizer = open_model(settings.out, env.device)
     replies = reply_to(asked, model, tokenizer, settings)
     rows = [("loss on replies, nats a token", before["loss"], last["val_loss_nats_per_token"])]

@@ -53,15 +53,16 @@ TRY = "--questions 20 --eval_every 0"  # --quick: so few questions are answered 
 STAGES = (
     Stage("data", "text, cleaned; a tokenizer; token shards", "data.py", 0.1, kept="runs/data/meta.json",
           trains=False),
-    Stage("tokenizer", "what its tokens are worth", "bpe.py compare runs/data --text runs/data/val.jsonl", 0.1,
-          trains=False),
+    Stage("tokenizer", "what its tokens are worth", "bpe.py compare runs/data --text runs/data/val.jsonl",
+          0.1, trains=False),
     Stage("pretrain", "a model that goes on with text", "train.py", 3, "--steps 60 --eval_stride 128",
           out="runs/base"),
     Stage("sft", "it answers questions", "sft.py", 2.5, f"--steps 30 {TRY}", out="runs/sft"),
     Stage("lora", "the same with 4 % of the weights", "sft.py --lora_rank 8 --lora_alpha 16 --steps 60 "
           "--out runs/lora", 1, f"--batch_size 8 {TRY}"),
-    Stage("pairs", "it answers each prompt several times; a rule tells best from worst", "dpo.py --make_pairs",
-          2.5, "--prompts 100 --samples 2 --chosen author", out="runs/pairs", samples=True),
+    Stage("pairs", "it answers each prompt several times; a rule tells best from worst",
+          "dpo.py --make_pairs", 2.5, "--prompts 100 --samples 2 --chosen author",
+          out="runs/pairs", samples=True),
     Stage("dpo", "it prefers the better of its answers", "dpo.py", 1,
           f"--steps 10 --samples_of_questions 1 {TRY}", out="runs/dpo"),
     Stage("reward", "a model of which answer is better", "ppo.py --train_reward_model", 1, "--steps 10",
@@ -72,18 +73,19 @@ STAGES = (
     Stage("sums-sft", "it learns their form", "sft.py --init_from runs/arithmetic/start "
           "--data runs/arithmetic/sft --replay none --seq_len 160 --batch_size 4 --steps 530 --questions 0 "
           "--out runs/arithmetic-sft", 0.5, "--steps 60"),
-    Stage("sums-grpo", "right answers are rewarded", "ppo.py --algorithm grpo --init_from runs/arithmetic-sft "
-          "--prompts_data runs/arithmetic/problems --rewards exact=1 format=0 --batch_size 512 "
-          "--minibatch_size 256 --update_epochs 1 --lr 5e-4 --adam_lr 5e-4 --seq_len 160 --max_new_tokens 48 "
-          "--questions 200 --steps 60 --out runs/arithmetic-grpo", 2.5,
+    Stage("sums-grpo", "right answers are rewarded", "ppo.py --algorithm grpo "
+          "--init_from runs/arithmetic-sft --prompts_data runs/arithmetic/problems "
+          "--rewards exact=1 format=0 --batch_size 512 --minibatch_size 256 --update_epochs 1 --lr 5e-4 "
+          "--adam_lr 5e-4 "
+          "--seq_len 160 --max_new_tokens 48 --questions 200 --steps 60 --out runs/arithmetic-grpo", 2.5,
           f"--batch_size 64 --minibatch_size 64 --steps 3 {TRY}"),
     Stage("distil", "a model of a quarter of the size learns from it", "distill.py", 2, "--steps 30",
           out="runs/student"),
     Stage("alone", "the same small model, without a teacher", "distill.py --kd_weight 0 --out runs/alone", 1,
           "--steps 30"),
     Stage("distil-chat", "the small model learns to answer, from the one that prefers",
-          "distill.py --teacher runs/dpo --init_from runs/student --data runs/chat --out runs/student-chat", 1.5,
-          f"--steps 20 --samples_of_questions 1 {TRY}"),
+          "distill.py --teacher runs/dpo --init_from runs/student --data runs/chat --out runs/student-chat",
+          1.5, f"--steps 20 --samples_of_questions 1 {TRY}"),
     Stage("report", "one page of all that", "report.py", 0.1, trains=False),
 )
 
@@ -249,7 +251,7 @@ def run_all(settings: Settings, gpus: int):
 
 
 def run_or_stop(stage: Stage, words: Sequence[str], folder: Path, log: Path, done: Done):
-    """Run a stage and note what it took; where it fails, say how to repeat it alone, and end with its code."""
+    """Run a stage and note what it took; where it fails, say how to repeat it, and end with its code."""
     started, code = time.perf_counter(), None
     try:
         code = run_stage(words, folder, log)
@@ -260,8 +262,9 @@ def run_or_stop(stage: Stage, words: Sequence[str], folder: Path, log: Path, don
         done.add(stage, words, time.perf_counter() - started, code == 0)
     if code:
         place = "" if folder == Path(".") else f"cd {shlex.quote(str(folder))} && "
-        print(f"error: stage {stage.name} ended with exit code {code}; what it said: {log}; alone it is run by: "
-              f"{place}{shlex.join(words)}; mended, python speedrun.py goes on there", file=sys.stderr)
+        print(f"error: stage {stage.name} ended with exit code {code}; what it said: {log}; "
+              f"alone it is run by: {place}{shlex.join(words)}; mended, python speedrun.py goes on there",
+              file=sys.stderr)
         raise SystemExit(code if 0 < code < 256 else 1)
 
 

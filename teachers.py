@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from attention import Mask
-from batches import IGNORE, Batches, file_checksum
+from batches import IGNORE, Batches
 from bpe import Tokenizer
 from checkpoint import read_json
-from config import UserError, open_whole
+from config import UserError, file_checksum, open_whole
 from divergence import Live, TopK, log_probabilities
 from lora import effective_weight, open_model
 from model import Transformer

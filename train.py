@@ -521,8 +521,7 @@ def micro_batch(settings, env) -> int:
 
 
 def steps_of(settings, windows: int, env) -> int:
-    """--steps, or so many updates that each window is seen `epochs` times, with what is replayed in between.
-    """
+    """--steps, or so many updates that each window is seen `epochs` times, replayed ones in between."""
     if settings.steps is None:
         share = settings.replay_share if getattr(settings, "replay", None) else 0
         return math.ceil(windows * settings.epochs / (1 - share) / settings.batch_size)

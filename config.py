@@ -90,13 +90,18 @@ def require(settings, **bounds):
 def refuse(settings, why, *names):
     """Raise UserError, "--name value <why>; leave it out", where one of these settings is not its default.
 
+    A setting that is on or off stands there as it is typed: --name or --no-name.
+
     For __post_init__, where other settings make these void: what would do nothing is not what was meant.
     """
     known = settings_of(type(settings))
     for name in names:
         value = getattr(settings, name)
         if value != known[name].default:
-            raise UserError(f"--{name} {as_text(value)} {why}; leave it out")
+            flag = f"--{name} {as_text(value)}"
+            if isinstance(value, bool):
+                flag = f"--{name}" if value else f"--no-{name}"
+            raise UserError(f"{flag} {why}; leave it out")
 
 
 def show(settings):

@@ -33,7 +33,7 @@ from attention import Mask
 from batches import IGNORE, Batches, Wrapped
 from bpe import Tokenizer
 from chat import TEMPLATES
-from config import UserError, parse, require, run
+from config import UserError, parse, refuse, require, run
 from divergence import Divergence, Kind, TopK, kd_loss, linear_kd_loss  # noqa: F401: kd_loss for others
 from dpo import check_length, frozen
 from dpo import divergence as kl_from
@@ -265,18 +265,17 @@ class Settings(Loop, Adapter):
 
     def check_student(self):
         """Raise UserError where what a student is to be like is asked of one that is there already."""
-        shape = ("dim", "n_layers", "n_heads", "ffn_dim")
         if self.init_from:
-            self.refuse((*shape, "student", "tie_embeddings"), f"is for a student that is made, and "
-                        f"--init_from {self.init_from} is one")
+            refuse(self, f"is for a student that is made, and --init_from {self.init_from} is one",
+                   "dim", "n_layers", "n_heads", "ffn_dim", "student", "tie_embeddings")
         elif self.lora_rank:
             raise UserError(f"--lora_rank {self.lora_rank}: adapters need a student that knows something; "
                             f"name one with --init_from, or pass --lora_rank 0")
         if self.student != "random":
-            self.refuse(("tie_embeddings",), f"is for --student random; {self.student} is tied where its "
-                        f"teacher is")
+            refuse(self, f"is for --student random; {self.student} is tied where its teacher is",
+                   "tie_embeddings")
         if self.student == "layers":
-            self.refuse(("dim", "n_heads", "ffn_dim"), "is the teacher's, with --student layers")
+            refuse(self, "is the teacher's, with --student layers", "dim", "n_heads", "ffn_dim")
         unknowing = self.student == "random" and not self.init_from and self.kind_of_data == "text"
         if self.bigram_steps and not unknowing:
             raise UserError(f"--bigram_steps {self.bigram_steps} is for a student with random weights that "
@@ -289,9 +288,9 @@ class Settings(Loop, Adapter):
         if self.compare == ():
             raise UserError("--compare names no model folder; name one, or several to compare")
         if self.kind_of_data == "text":
-            self.refuse(("epochs",), f"is for conversations, and {self.data} is plain text")
+            refuse(self, f"is for conversations, and {self.data} is plain text", "epochs")
         else:
-            self.refuse(("eval_stride",), f"is for plain text, and {self.data} holds conversations")
+            refuse(self, f"is for plain text, and {self.data} holds conversations", "eval_stride")
         self.check_val_share()
         if self.tensor_parallel > 1:
             raise UserError(f"--tensor_parallel {self.tensor_parallel}: distributions are compared whole; "
@@ -309,13 +308,13 @@ class Settings(Loop, Adapter):
         if self.stored and not self.top_k:
             raise UserError(f"--stored {self.stored} is of use with --top_k 64, say")
         if not self.needs_teacher:
-            self.refuse(("kind", "beta", "skew", "temperature", "top_k"),
-                        "does nothing with --kd_weight 0: there is no teacher")
+            refuse(self, "does nothing with --kd_weight 0: there is no teacher", "kind", "beta", "skew",
+                   "temperature", "top_k")
         for name, used in (("beta", self.kind == "jsd"), ("skew", self.kind.startswith("skew")),
                            ("match_weight", self.match)):
             if not used:
-                self.refuse((name,), f"does nothing with --kind {self.kind} and --match {self.match}")
-        self.refuse(("chunked_loss",), "is the only way here: logits of all tokens are never held")
+                refuse(self, f"does nothing with --kind {self.kind} and --match {self.match}", name)
+        refuse(self, "is the only way here: logits of all tokens are never held", "chunked_loss")
         if self.match == "attention" and (self.compile or self.data_parallel != "ddp"):
             raise UserError("--match attention looks into a block while it runs; leave out --compile and "
                             "--data_parallel")

@@ -37,7 +37,7 @@ from batches import IGNORE, SPLITS, Batches
 from bpe import Tokenizer
 from chat import TEMPLATES
 from checkpoint import read_header, read_tensors, write_tensors
-from config import UserError, open_whole, parse, require, run
+from config import UserError, open_whole, parse, refuse, require, run
 from lora import CONFIG, Adapter, add_adapter, adapter_off, base_of, load_base, open_model
 from model import Transformer
 from objectives import token_logps
@@ -482,7 +482,7 @@ class Settings(Loop, Adapter, Sampling):
         if self.nll_weight and self.kind == "orpo":
             raise UserError(f"--nll_weight {self.nll_weight}: --kind orpo has the chosen answer's likelihood "
                             f"in itself; leave it out")
-        self.refuse(("chunked_loss",), "is the only way here: logits of all tokens are never held")
+        refuse(self, "is the only way here: logits of all tokens are never held", "chunked_loss")
 
     def check_reference(self):
         """Choose where the reference comes from, if that is not said; UserError where it cannot."""

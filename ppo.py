@@ -39,7 +39,7 @@ import reward_model
 import sft
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
-from config import UserError, open_whole, parse, require, run
+from config import UserError, open_whole, parse, refuse, require, run
 from lora import Adapter, add_adapter, adapter_off, base_of, load_base, open_model
 from model import Transformer
 from optim import learning_rate, make_optimizer
@@ -171,16 +171,16 @@ class Settings(Loop, Adapter):
         """Raise UserError where something is asked for that would do nothing."""
         if self.batch_start != self.batch_size:
             raise UserError(f"--batch_start {self.batch_start}: here no batch grows; leave it out")
-        self.refuse(("ramp_tokens", "spike", "profile", "chunked_loss", "lora_dropout"),
-                    "is nothing that reinforcement knows")
+        refuse(self, "is nothing that reinforcement knows", "ramp_tokens", "spike", "profile", "chunked_loss",
+               "lora_dropout")
         if self.tensor_parallel > 1:
             raise UserError(f"--tensor_parallel {self.tensor_parallel}: replies are drawn by whole models; "
                             f"pass --data_parallel fsdp")
         if self.baseline != "critic":
-            self.refuse(("critic", "critic_from", "critic_lr", "critic_adam_lr", "value_coef", "clip_value",
-                         "gamma", "lam"), f"is for a critic, and --baseline {self.baseline} has none")
+            refuse(self, f"is for a critic, and --baseline {self.baseline} has none", "critic", "critic_from",
+                   "critic_lr", "critic_adam_lr", "value_coef", "clip_value", "gamma", "lam")
         elif self.critic == "shared":
-            self.refuse(("critic_from", "critic_lr", "critic_adam_lr"), "is for --critic own")
+            refuse(self, "is for --critic own", "critic_from", "critic_lr", "critic_adam_lr")
             if self.lora_rank:
                 raise UserError("--critic shared: beside adapters the policy's trunk stays as it is; pass "
                                 "--critic own")

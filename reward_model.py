@@ -37,7 +37,7 @@ from batches import IGNORE, SPLITS
 from bpe import END_OF_TEXT, Tokenizer
 from chat import TEMPLATES
 from checkpoint import load_model, read_json, read_tensors, save_model, write_settings
-from config import UserError, open_whole, parse, require, run
+from config import UserError, open_whole, parse, refuse, require, run
 from families import SCORES
 from lora import (WEIGHTS, Adapter, adapters_of, add_adapter, base_of, merge_lora, open_model, remove_lora,
                   trained_tensors)
@@ -352,7 +352,7 @@ class Settings(Loop, Adapter):
         self.check_loop()
         self.check_adapter()
         self.check_val_share()
-        self.refuse(("chunked_loss",), "is about logits, and a reward model has none")
+        refuse(self, "is about logits, and a reward model has none", "chunked_loss")
         if self.quantize or not self.lora_merge:
             flag = f"--quantize {self.quantize}" if self.quantize else "--no-lora_merge"
             raise UserError(f"{flag} is not for reward models, whose adapters are merged into a plain base; "

@@ -220,11 +220,17 @@ def count_gpus() -> int:
 def print_list(settings: Settings, gpus: int):
     folder = Path(settings.folder)
     if folder != Path("."):
-        print(f"mkdir -p {shlex.quote(str(folder))} && cd {shlex.quote(str(folder))}")
+        make = ["mkdir"] if sys.platform == "win32" else ["mkdir", "-p"]
+        print(f"{as_typed([*make, str(folder)])} && {as_typed(['cd', str(folder)])}")
     for stage in STAGES:
         minutes = f"{stage.minutes:g} min on two cores" if not settings.quick else ""
         print(f"# {stage.name}: {stage.what}; {minutes}".removesuffix("; "))
-        print(shlex.join(command(stage, settings.quick, processes_for(stage, gpus), folder)))
+        print(as_typed(command(stage, settings.quick, processes_for(stage, gpus), folder)))
+
+
+def as_typed(words: Sequence[str]) -> str:
+    """A command with the quotes that this system's shell wants."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def run_all(settings: Settings, gpus: int):
@@ -245,7 +251,7 @@ def run_all(settings: Settings, gpus: int):
         left = sum(other.minutes for other in STAGES[number - 1:])
         print(f"{'=' * 100}\n[{number}/{len(STAGES)}] {stage.name}: {stage.what}"
               + f"; about {stage.minutes:g} min of the {left:.0f} that are left" * (not settings.quick)
-              + f"\n$ {shlex.join(words)}", flush=True)
+              + f"\n$ {as_typed(words)}", flush=True)
         run_or_stop(stage, words, folder, own / f"{number:02}-{stage.name}.log", done)
     print_minutes(done, folder)
 
@@ -261,9 +267,9 @@ def run_or_stop(stage: Stage, words: Sequence[str], folder: Path, log: Path, don
     finally:
         done.add(stage, words, time.perf_counter() - started, code == 0)
     if code:
-        place = "" if folder == Path(".") else f"cd {shlex.quote(str(folder))} && "
+        place = "" if folder == Path(".") else f"{as_typed(['cd', str(folder)])} && "
         print(f"error: stage {stage.name} ended with exit code {code}; what it said: {log}; "
-              f"alone it is run by: {place}{shlex.join(words)}; mended, python speedrun.py goes on there",
+              f"alone it is run by: {place}{as_typed(words)}; mended, python speedrun.py goes on there",
               file=sys.stderr)
         raise SystemExit(code if 0 < code < 256 else 1)
 

@@ -26,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -40,7 +39,7 @@ from tqdm import tqdm
 from batches import Batches
 from bpe import Tokenizer
 from checkpoint import load_model, model_config, states
-from config import UserError, parse, require, run
+from config import UserError, parse, refuse, require, run
 from families import to_hugging_face
 from metaspace import load_tokenizer
 from mixture import Replay, first_source, open_mixture, picture, warnings
@@ -128,13 +127,7 @@ class Loop(Compute):
     def check_val_share(self):
         """Raise UserError where a share is to be held out of data that have a part for that."""
         if Path(self.data).is_dir() or self.data == type(self).data:
-            self.refuse(("val_share",), f"is for a single file, and --data {self.data} is a folder")
-
-    def refuse(self, names: Sequence[str], why: str):
-        """Raise UserError where one of these settings is not as by default."""
-        for name in names:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(f"--{name} {getattr(self, name)} {why}; leave it out")
+            refuse(self, f"is for a single file, and --data {self.data} is a folder", "val_share")
 
 
 @dataclass

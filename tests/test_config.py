@@ -344,7 +344,7 @@ def test_a_setting_that_would_do_nothing_is_refused():
             if self.model:
                 refuse(self, "is written, not read", "overwrite", "phases")
 
-    for words, shown in ((["--overwrite"], "--overwrite true"), (["--phases", "c", "d"], "--phases c d")):
+    for words, shown in ((["--overwrite"], "--overwrite"), (["--phases", "c", "d"], "--phases c d")):
         assert parse(Settings, words).model is None
         with pytest.raises(UserError, match=f"^{shown} is written, not read; leave it out$"):
             Settings(**{**vars(parse(Settings, words)), "model": "m"})

@@ -536,7 +536,7 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(beta=0.3), "--beta 0.3 does nothing with --kind forward"),
     (dict(skew=0.3, kind="jsd"), "--skew 0.3 does nothing with --kind jsd"),
     (dict(match_weight=2), "--match_weight 2.0 does nothing with --kind forward and --match None"),
-    (dict(chunked_loss="false"), "--chunked_loss False is the only way here"),
+    (dict(chunked_loss="false"), "--no-chunked_loss is the only way here"),
     (dict(eval_stride=8), "--eval_stride 8 is for plain text, and "),
     (dict(data="{text}", epochs=2), "--epochs 2.0 is for conversations, and "),
     (dict(val_share=0.3), "--val_share 0.3 is for a single file, and --data "),

@@ -584,7 +584,7 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(lora_rank=2, quantize="nf4"), "--quantize nf4 is not for reward models"),
     (dict(lora_alpha=4), "--lora_alpha 4.0 is for adapters"),
     (dict(val_share=0.3), "--val_share 0.3 is for a single file, and --data "),
-    (dict(chunked_loss="false"), "--chunked_loss False is about logits, and a reward model has none"),
+    (dict(chunked_loss="false"), "--no-chunked_loss is about logits, and a reward model has none"),
     (dict(seq_len=200), "seq_len 200 exceeds max_seq_len 96"),
     (dict(seq_len=16), "train.jsonl:1: its prompt has 26 tokens, and the window --seq_len 15"),
     (dict(init_from="{tmp}/none"), "there is no model folder"),

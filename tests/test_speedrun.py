@@ -205,10 +205,19 @@ def test_the_list_can_be_typed(monkeypatch, capsys):
 
 def test_the_list_for_another_folder_is_typed_there(monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "count_gpus", lambda: 0)
+    monkeypatch.setattr(speedrun.sys, "platform", "linux")
     _, out, _ = in_process(monkeypatch, capsys, speedrun.main, "--list", "--quick", "--folder", "my runs")
     lines = [line for line in out.splitlines() if not line.startswith("#")]
     assert lines[0] == "mkdir -p 'my runs' && cd 'my runs'"
     assert shlex.join(["python", str(ROOT / "sft.py"), *shlex.split(STAGES[3].quick)]) in lines
+
+
+def test_on_windows_the_list_has_the_quotes_of_its_shell(monkeypatch, capsys):
+    monkeypatch.setattr(speedrun, "count_gpus", lambda: 0)
+    monkeypatch.setattr(speedrun.sys, "platform", "win32")
+    _, out, _ = in_process(monkeypatch, capsys, speedrun.main, "--list", "--folder", "my runs")
+    lines = [line for line in out.splitlines() if not line.startswith("#")]
+    assert lines[0] == 'mkdir "my runs" && cd "my runs"' and not any("'" in line for line in lines)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script; on Windows speedrun.py itself is called")

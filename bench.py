@@ -482,17 +482,17 @@ def dpo_peer_step(config: ModelConfig, pairs: list, live: bool):
     except ImportError:
         raise MissingPeer("trl is not installed (pip install -r requirements-dev.txt)") from None
     transformers.utils.logging.disable_progress_bar()
-    folder = Path(tempfile.mkdtemp())
     tokenizer = Tokenizer([], ["<|endoftext|>"])
-    save_model(Transformer(replace(config, vocab_size=tokenizer.vocab_size)), tokenizer, folder)
-    known = transformers.AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
-    settings = DPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], max_length=None,
-                         gradient_checkpointing=False, disable_tqdm=True)
-    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     torch.manual_seed(0)
     model = peer_model(config, "sdpa").train()
     second = peer_model(config, "sdpa").requires_grad_(False).eval()
-    trainer = DPOTrainer(model, second, args=settings, train_dataset=rows, processing_class=known)
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Transformer(replace(config, vocab_size=tokenizer.vocab_size)), tokenizer, Path(folder))
+        known = transformers.AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+        settings = DPOConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[], max_length=None,
+                             gradient_checkpointing=False, disable_tqdm=True)
+        trainer = DPOTrainer(model, second, args=settings, train_dataset=rows, processing_class=known)
     trainer.precompute_ref_logps = not live
     batch = padded_pairs(pairs)
     if not live:

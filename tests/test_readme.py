@@ -3,7 +3,7 @@ import ast
 import importlib
 import re
 import sysconfig
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch.distributed.run
@@ -91,6 +91,26 @@ def test_scripts_of_all_commands_exist_and_have_their_flags(name):
         check_flags(one)
         if one.launcher[0] == "torchrun":
             torch.distributed.run.get_args_parser().parse_args([*one.launcher[1:], one.script])
+
+
+@pytest.mark.parametrize("name", ["README.md", "COURSE.md"])
+def test_a_run_folder_that_a_command_names_is_made_by_one_above_it(name):
+    made = set()
+    for one in commands(read(name)):
+        words = list(zip(("", *one.words), one.words))  # each with the one before it
+        named = {word for before, word in words if word.startswith("runs/") and before != "--out"}
+        missing = {word for word in named if not {word, *map(str, PurePosixPath(word).parents)} & made}
+        assert not missing, f"{one.text}: nothing above it makes {min(missing)}"
+        made |= {word for before, word in words if before == "--out"} | default_out(one)
+
+
+def default_out(one) -> set[str]:
+    """The folder that a command makes without --out."""
+    if one.script == "dpo.py" and "--make_pairs" in one.words:
+        return {"runs/pairs"}
+    found = settings_class(one) if one.script and "--out" not in one.words else None
+    default = settings_of(found[0])["out"].default if found and "out" in settings_of(found[0]) else None
+    return {default} if isinstance(default, str) else set()
 
 
 @pytest.mark.parametrize("line, message", [

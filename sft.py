@@ -154,7 +154,8 @@ def examples_of(conversations: Sequence[dict], tokenizer: Tokenizer, template: T
         raise UserError(f"none of the {dropped:,} conversations fits into --seq_len {seq_len} tokens; pass a "
                         f"larger one")
     if dropped:
-        say(f"dropped: {dropped:,} of {len(conversations):,} conversations, longer than {seq_len} tokens")
+        say(f"dropped: {dropped:,} of {len(conversations):,} conversations, longer than {seq_len} tokens; a "
+            f"longer --seq_len keeps more")
     return kept, examples
 
 

@@ -3,6 +3,7 @@
 Two models: one with random weights; and a parrot, whose every token has one successor, so its text is known.
 In conversations what the model says is mostly scripted, and what it is asked is seen.
 """
+import functools
 import importlib.util
 import io
 import json
@@ -673,7 +674,11 @@ def folder_with(path, template, chat_template=None, extra=()):
 
 
 def published(name):
-    """A chat template as its model is published with, from TRL's collection of them."""
+    """A function: the chat template that a model is published with, from TRL's collection of them."""
+    return functools.partial(read_published, name)
+
+
+def read_published(name):
     need_trl()
     folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
     return (folder / f"{name}.jinja").read_text(encoding="utf-8")
@@ -689,6 +694,7 @@ def published(name):
 ], ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "")
 def test_the_template_is_recognised_and_said(monkeypatch, run, tmp_path, template, chat_template, chosen,
                                              why):
+    chat_template = chat_template() if callable(chat_template) else chat_template
     model = folder_with(tmp_path / "model", template, chat_template)
     prompts = []
     monkeypatch.setattr(sample, "new_ids", lambda *given: prompts.append(given[2]) or iter([ord("k")]))

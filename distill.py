@@ -313,8 +313,8 @@ class Settings(Loop, Adapter):
         for name, used in (("beta", self.kind == "jsd"), ("skew", self.kind.startswith("skew")),
                            ("match_weight", self.match)):
             if not used:
-                refuse(self, f"does nothing with --kind {self.kind} and --match {self.match}", name)
-        refuse(self, "is the only way here: logits of all tokens are never held", "chunked_loss")
+                refuse(self, f"does nothing with --kind {self.kind} and --match {self.match or 'none'}", name)
+        refuse(self, "is not possible here: logits of all tokens are never held", "chunked_loss")
         if self.match == "attention" and (self.compile or self.data_parallel != "ddp"):
             raise UserError("--match attention looks into a block while it runs; leave out --compile and "
                             "--data_parallel")

@@ -482,7 +482,7 @@ class Settings(Loop, Adapter, Sampling):
         if self.nll_weight and self.kind == "orpo":
             raise UserError(f"--nll_weight {self.nll_weight}: --kind orpo has the chosen answer's likelihood "
                             f"in itself; leave it out")
-        refuse(self, "is the only way here: logits of all tokens are never held", "chunked_loss")
+        refuse(self, "is not possible here: logits of all tokens are never held", "chunked_loss")
 
     def check_reference(self):
         """Choose where the reference comes from, if that is not said; UserError where it cannot."""

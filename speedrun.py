@@ -220,8 +220,10 @@ def count_gpus() -> int:
 def print_list(settings: Settings, gpus: int):
     folder = Path(settings.folder)
     if folder != Path("."):
-        make = ["mkdir"] if sys.platform == "win32" else ["mkdir", "-p"]
-        print(f"{as_typed([*make, str(folder)])} && {as_typed(['cd', str(folder)])}")
+        if sys.platform == "win32":  # PowerShell 5 has no &&
+            print(f"{as_typed(['mkdir', str(folder)])}\n{as_typed(['cd', str(folder)])}")
+        else:
+            print(f"{as_typed(['mkdir', '-p', str(folder)])} && {as_typed(['cd', str(folder)])}")
     for stage in STAGES:
         minutes = f"{stage.minutes:g} min on two cores" if not settings.quick else ""
         print(f"# {stage.name}: {stage.what}; {minutes}".removesuffix("; "))
@@ -267,7 +269,9 @@ def run_or_stop(stage: Stage, words: Sequence[str], folder: Path, log: Path, don
     finally:
         done.add(stage, words, time.perf_counter() - started, code == 0)
     if code:
-        place = "" if folder == Path(".") else f"{as_typed(['cd', str(folder)])} && "
+        place = ""
+        if folder != Path("."):  # PowerShell 5 has no &&
+            place = f"in {folder}: " if sys.platform == "win32" else f"{as_typed(['cd', str(folder)])} && "
         print(f"error: stage {stage.name} ended with exit code {code}; what it said: {log}; "
               f"alone it is run by: {place}{as_typed(words)}; mended, python speedrun.py goes on there",
               file=sys.stderr)

@@ -764,7 +764,7 @@ def test_a_run_of_two_processes_that_is_killed_goes_on_and_ends_in_the_same_byte
     (dict(batch_size=4, micro_batch_size=3), "does not divide"),
     (dict(lora_alpha=4), "--lora_alpha 4.0 is for adapters"),
     (dict(val_share=0.3), "--val_share 0.3 is for a single file, and --data "),
-    (dict(chunked_loss="false"), "--no-chunked_loss is the only way here"),
+    (dict(chunked_loss="false"), "--no-chunked_loss is not possible here"),
 ])
 def test_mistakes_end_in_one_line_and_code_2_before_a_run_is_begun(place, tmp_path, command, changes, words):
     good = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})

@@ -402,7 +402,7 @@ def without_pytest(Popen):
 
 
 # A Python that has imported what tests import, but no file of ours; each answer is graded in a fork of it.
-# Its time is the processor's: a loop uses it up, a machine that stands still (a slow disk, a busy core) does not
+# Its time is the processor's: a loop uses it up, a machine that stands still (a slow disk, say) does not.
 SERVER = """
 import json, os, resource, signal, sys, time
 import pytest, torch, numpy, hypothesis, tokenizers, transformers, datasketch
@@ -413,6 +413,7 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         os.chdir(folder)
         place = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -430,7 +431,7 @@ for line in sys.stdin:
         pass
     if code is None:
         os.waitpid(child, 0)
-    print(json.dumps(None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code), flush=True)
+    print(json.dumps(None if code == -signal.SIGXCPU else code), flush=True)
 """
 LIMIT = 60  # seconds an answer may take: as many as exercise.py grade gives it
 

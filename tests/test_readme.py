@@ -108,7 +108,8 @@ def default_out(one) -> set[str]:
     """The folder that a command makes without --out."""
     if one.script == "dpo.py" and "--make_pairs" in one.words:
         return {"runs/pairs"}
-    found = settings_class(one) if one.script and "--out" not in one.words else None
+    makes = one.script and not {"--out", "--dry_run", "--compare", "--measure"} & set(one.words)
+    found = settings_class(one) if makes else None
     default = settings_of(found[0])["out"].default if found and "out" in settings_of(found[0]) else None
     return {default} if isinstance(default, str) else set()
 

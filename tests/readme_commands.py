@@ -57,6 +57,11 @@ class Command:
     script: str  # "data.py"; empty where the line is no Python program
     words: tuple[str, ...]  # what follows the script
 
+    def runs(self, made: bool) -> set[str]:
+        """The paths below runs/ among its words: those that it says it makes, by --out, or those it reads."""
+        pairs = zip(("", *self.words), self.words)  # each word with the one before it
+        return {word for before, word in pairs if word.startswith("runs/") and (before == "--out") == made}
+
     def why_not(self, folder: Path) -> str | None:
         """The reason for which it is not run; None where it is."""
         if not self.script:
@@ -170,12 +175,11 @@ def run_all(folder: Path, small: bool, only=(), timeout: float = 7200, say=print
         if only and one.script not in only:
             continue
         if only and not why:  # then what others would have left may be missing
-            lacking = {word for before, word in zip(("", *one.words), one.words, strict=False)
-                       if word.startswith("runs/") and before != "--out" and not (folder / word).exists()}
+            lacking = {name for name in one.runs(made=False) if not (folder / name).exists()}
         if not why and lacking & set(one.words):
             why = f"needs {min(lacking & set(one.words))}, which a command above would have left"
         if why:
-            lacking |= {one.words[i + 1] for i, word in enumerate(one.words) if word == "--out"}
+            lacking |= one.runs(made=True)
             say(f"not run   {one.text}: {why}")
             continue
         began = time.perf_counter()

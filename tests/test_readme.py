@@ -97,11 +97,10 @@ def test_scripts_of_all_commands_exist_and_have_their_flags(name):
 def test_a_run_folder_that_a_command_names_is_made_by_one_above_it(name):
     made = set()
     for one in commands(read(name)):
-        words = list(zip(("", *one.words), one.words))  # each with the one before it
-        named = {word for before, word in words if word.startswith("runs/") and before != "--out"}
-        missing = {word for word in named if not {word, *map(str, PurePosixPath(word).parents)} & made}
+        missing = {name for name in one.runs(made=False)
+                   if not {name, *map(str, PurePosixPath(name).parents)} & made}
         assert not missing, f"{one.text}: nothing above it makes {min(missing)}"
-        made |= {word for before, word in words if before == "--out"} | default_out(one)
+        made |= one.runs(made=True) | default_out(one)
 
 
 def default_out(one) -> set[str]:
@@ -110,8 +109,8 @@ def default_out(one) -> set[str]:
         return {"runs/pairs"}
     makes = one.script and not {"--out", "--dry_run", "--compare", "--measure"} & set(one.words)
     found = settings_class(one) if makes else None
-    default = settings_of(found[0])["out"].default if found and "out" in settings_of(found[0]) else None
-    return {default} if isinstance(default, str) else set()
+    out = settings_of(found[0]).get("out") if found else None
+    return {out.default} if out and isinstance(out.default, str) else set()
 
 
 @pytest.mark.parametrize("line, message", [

@@ -3,7 +3,6 @@
 Two models: one with random weights; and a parrot, whose every token has one successor, so its text is known.
 In conversations what the model says is mostly scripted, and what it is asked is seen.
 """
-import functools
 import importlib.util
 import io
 import json
@@ -674,11 +673,7 @@ def folder_with(path, template, chat_template=None, extra=()):
 
 
 def published(name):
-    """A function: the chat template that a model is published with, from TRL's collection of them."""
-    return functools.partial(read_published, name)
-
-
-def read_published(name):
+    """A chat template as its model is published with, from TRL's collection of them."""
     need_trl()
     folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
     return (folder / f"{name}.jinja").read_text(encoding="utf-8")
@@ -686,9 +681,9 @@ def read_published(name):
 
 @pytest.mark.parametrize("template, chat_template, chosen, why", [
     *((template, jinja(template), name, "chat template") for name, template in TEMPLATES.items()),
-    (CHATML, published("qwen2_5"), "qwen", "chat template"),
-    (CHATML, published("qwen3"), "qwen3", "chat template"),
-    (LLAMA3, published("llama3"), "llama3", "special tokens"),
+    (CHATML, lambda: published("qwen2_5"), "qwen", "chat template"),
+    (CHATML, lambda: published("qwen3"), "qwen3", "chat template"),
+    (LLAMA3, lambda: published("llama3"), "llama3", "special tokens"),
     (CHATML, None, "chatml", "special tokens"),
     (QWEN3, "something of its own", "chatml", "special tokens"),
 ], ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "")

@@ -279,6 +279,20 @@ def test_a_loop_is_stopped_with_all_that_it_started(toy, tmp_path):
         assert not state.exists() or state.read_text().split()[2] == "Z", "the answer's child lives on"
 
 
+@pytest.mark.parametrize("variable", ["CI", "BUILD_NUMBER"])
+def test_a_long_list_that_is_wrong_is_judged_at_once_where_pytest_writes_whole_differences(
+        toy, tmp_path, monkeypatch, variable):
+    # Like one another and none the same, so that difflib compares each with each, 36 seconds long.
+    numbers = "[10_000 + 2 * (i ** 3 % 9973) for i in range(400)]"
+    (tmp_path / "tests" / "test_toy.py").write_text(TESTS.replace(
+        "toy.double(2) == 4", f"toy.double({numbers}) == 2 * {numbers}"), encoding="utf-8")
+    monkeypatch.setenv(variable, "true")
+    toy("start", "double")
+    answer(tmp_path, "return [y + 1 for y in x + x]")
+    code, said = toy("grade", "double", "--seconds", "20")
+    assert code == 1 and "is it the square?" in said and "hint one" in said, said
+
+
 def test_the_traceback_is_there_for_those_who_want_it_without_pytests_own(toy, tmp_path):
     toy("start", "double")
     answer(tmp_path, "return [1][x]")
@@ -441,9 +455,8 @@ def verdict(tmp_path_factory):
     """Gives the Verdict on a learner's file for an exercise, as exercise.py grade does, but in less time."""
     folder, count = tmp_path_factory.mktemp("product").resolve(), 0
     course.copy_product(folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    environment = course.environment_of_tests()
+    del environment["PYTHONDONTWRITEBYTECODE"]  # the files of tests are read some 400 times
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True, env=environment) if hasattr(os, "fork") else None
 

@@ -23,11 +23,11 @@ from typing import Literal
 import torch
 
 import data
+from adapters import open_model
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
 from checkpoint import save_model
 from config import UserError, parse, require, run
-from lora import open_model
 from model import ModelConfig, Transformer
 from rewards import Rewards
 from rollouts import answered

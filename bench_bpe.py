@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpe
+import workers
 
 VOCABULARY = 32768
 PEERS = {"training": "tokenizers", "encoding": "tiktoken"}
@@ -35,7 +36,7 @@ def report(rounds: int, path: str = "runs/bench_bpe.json") -> list[dict]:
     bpe.Tokenizer.train(library_texts(), VOCABULARY).save(path)
     runs = []
     for kind, peer in PEERS.items():
-        for cores in sorted({1, bpe.cores()}):
+        for cores in sorted({1, workers.cores()}):
             for _ in tqdm(range(rounds), desc=f"{kind}, {cores} cores", leave=False):
                 for side in ("ours", peer):  # in turns, so that a busy moment strikes both alike
                     runs += one_run(kind, side, cores, path)

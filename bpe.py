@@ -26,20 +26,14 @@ import functools
 import hashlib
 import heapq
 import json
-import multiprocessing
-import os
-import signal
 import sys
 import sysconfig
-import threading
 import time
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +48,7 @@ from bpe_further import learn_further
 from bpe_train import learn_merges
 from config import UserError
 from tokenizer_files import DIGITS_PATTERN, GPT2_PATTERN, Unsupported, reading  # noqa: F401: looked for here
+from workers import in_processes
 
 # Where text is cut before anything is merged: the first of these that matches. Without cuts, "dog." "dog!"
 # and "dog?" would each become a token. This is GPT-4's pattern as Llama 3 and others write it.
@@ -679,7 +674,7 @@ def number_special_tokens(special_tokens, vocab, ids) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes
+# For the processes
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -698,58 +693,6 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def encode_texts(tokenizer, texts) -> list[np.ndarray]:
     return tokenizer._encode_texts(texts)
-
-
-def in_processes(function, context, batches, workers) -> Iterator:
-    """Yield function(context, batch) for each batch, in order, made in `workers` processes; None: one a core.
-
-    A single batch is done here, as starting processes takes longer. Batches are read as they are needed, two
-    a process ahead, so that memory does not grow with the input.
-    """
-    workers = cores() if workers is None else workers
-    if workers < 1:
-        raise UserError(f"workers {workers} is out of range; it must be at least 1")
-    first = list(islice(batches, 2))
-    batches = chain(first, batches)
-    if len(first) < 2 or workers == 1:
-        yield from (function(context, batch) for batch in batches)
-        return
-    workers = min(workers, 61) if sys.platform == "win32" else workers  # Windows waits for no more at once
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(function, context)) as pool:
-        waiting = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(run_in_worker, batch))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            if sys.version_info < (3, 11):  # where it waits for ever to have a batch read (cpython#94777)
-                pool._call_queue._reader.close()
-            raise UserError(f"one of {workers} workers was killed; if memory ran out, use fewer") from None
-
-
-def start_worker(function, context):
-    """In a new process: keep what every batch needs. It is sent once, and its cache lives on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the parent
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    run_in_worker.job = functools.partial(function, context)
-
-
-def run_in_worker(batch):
-    return run_in_worker.job(batch)
-
-
-def end_with_parent():
-    """A parent that is killed outright cannot end its processes, and they would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def cores() -> int:
-    """The cores that this process may use; in a container or a cluster's job fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------------

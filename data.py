@@ -52,6 +52,7 @@ from pipeline import (Cleaning, Tally, clean, is_table, kept_documents, rules, r
 from privacy import redact_pii  # noqa: F401
 from quality import quality_problems  # noqa: F401
 from work import Work, fingerprint, place
+from workers import cores, in_processes
 
 
 @dataclass
@@ -81,7 +82,7 @@ def prepare(settings: Settings) -> dict | None:
     say = print if rank == 0 else lambda *words: None
     # A given tokenizer is loaded first: that it does not fit is better told before the work than after it.
     tokenizer = load_tokenizer(Path(settings.tokenizer)) if settings.tokenizer else None
-    workers = settings.workers or max(1, bpe.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = settings.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     say(f"worker processes: {workers}; {rules(settings)}")
     with whole_folder(Path(settings.out), settings.overwrite, rank) as folder:
         shards = input_shards(settings)
@@ -343,7 +344,7 @@ def encode_part(work: Work, folder: Path, tokenizer: Tokenizer, workers: int | N
     texts = (document["text"] for document in lines_between(folder / f"{split}.jsonl", *parts[part]))
     with (config.open_whole(work.path(f"tokens-{split}", part, "bin")) as file,
           tqdm(desc=f"tokenize {split}", unit="B", unit_scale=True, disable=work.rank > 0 or None) as bar):
-        for number, num_bytes, ids in bpe.in_processes(encode_texts, tokenizer, bpe.batches(texts), workers):
+        for number, num_bytes, ids in in_processes(encode_texts, tokenizer, bpe.batches(texts), workers):
             file.write(ids.astype(dtype).tobytes())
             documents, text_bytes = documents + number, text_bytes + num_bytes
             bar.update(num_bytes)

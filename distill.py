@@ -29,6 +29,7 @@ from torch import Tensor
 
 import rejection
 import sft
+from adapters import Adapter, add_adapter, open_model
 from attention import Mask
 from batches import IGNORE, Batches, Wrapped
 from bpe import Tokenizer
@@ -37,11 +38,12 @@ from config import UserError, parse, refuse, require, run
 from divergence import Divergence, Kind, TopK, kd_loss, linear_kd_loss  # noqa: F401: kd_loss for others
 from dpo import check_length, frozen
 from dpo import divergence as kl_from
-from lora import Adapter, add_adapter, base_of, effective_weight, load_base, open_model
+from lora import base_of, effective_weight
 from matching import add_projection, attention_match, hidden_match, watched
 from model import Transformer
 from objectives import next_token_loss
 from parallel import Env, take_from_first
+from quantize import load_base
 from rejection import check_tokenizer, weights_of
 from rollouts import drawn_now, lay_out, whole_copy
 from students import check_smaller, describe_student, layers_student, random_student, width_student

@@ -32,20 +32,22 @@ from tqdm import tqdm
 
 import rejection
 import sft
+from adapters import CONFIG, Adapter, add_adapter, open_model
 from attention import Mask
 from batches import IGNORE, SPLITS, Batches
 from bpe import Tokenizer
 from chat import TEMPLATES
-from checkpoint import read_header, read_tensors, write_tensors
 from config import UserError, open_whole, parse, refuse, require, run
-from lora import CONFIG, Adapter, add_adapter, adapter_off, base_of, load_base, open_model
+from lora import adapter_off, base_of
 from model import Transformer
 from objectives import token_logps
 from parallel import Compute, Env, inside, parallelize
 from plot import line_chart
 from preferences import Pair, encode_pairs, read_preferences
+from quantize import load_base
 from rejection import Sampling, check_tokenizer, make_pairs
 from survive import alone, in_run_folder
+from tensor_files import read_header, read_tensors, write_tensors
 from train import Loop, evaluate, guarded, micro_batch, steps_of, train
 from watch import read_log, spent, write_results
 from work import fingerprint

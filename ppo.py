@@ -37,16 +37,18 @@ from tqdm import tqdm
 import dpo
 import reward_model
 import sft
+from adapters import Adapter, add_adapter, open_model
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
 from config import UserError, open_whole, parse, refuse, require, run
-from lora import Adapter, add_adapter, adapter_off, base_of, load_base, open_model
+from lora import adapter_off, base_of
 from model import Transformer
 from optim import learning_rate, make_optimizer
 from parallel import Env, inside, parallelize
 from plot import line_chart
 from policy_gradient import (gae, group_advantages, kl_estimate, next_coefficient, policy_loss,  # noqa: F401
                              policy_terms, summed, value_loss, value_terms, whiten)
+from quantize import load_base
 from rejection import check_tokenizer, in_words, prompt_files, weights_of
 from reward_model import RewardModel, load_reward_model, reward_model_loss, scores_of  # noqa: F401
 from rewards import Rewards

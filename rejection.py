@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import stdlib_chat
+from adapters import open_model
 from batches import SPLITS
 from bpe import Tokenizer
 from chat import TEMPLATES, read_conversations, render
@@ -36,7 +37,6 @@ from checkpoint import read_json
 from config import UserError, file_checksum, open_whole, parse, require, run
 from documents import stored_documents, write_documents
 from generation import Packed
-from lora import open_model
 from model import Transformer, generate
 from parallel import Env
 from sft import MEASURES, f1, reply_to, score, spoken, spread

@@ -32,21 +32,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dpo
+from adapters import WEIGHTS, Adapter, add_adapter, open_model
 from attention import KVCache, Mask
 from batches import IGNORE, SPLITS
 from bpe import END_OF_TEXT, Tokenizer
 from chat import TEMPLATES
-from checkpoint import load_model, read_json, read_tensors, save_model, write_settings
+from checkpoint import load_model, read_json, save_model, write_settings
 from config import UserError, open_whole, parse, refuse, require, run
 from families import SCORES
-from lora import (WEIGHTS, Adapter, adapters_of, add_adapter, base_of, merge_lora, open_model, remove_lora,
-                  trained_tensors)
+from lora import adapters_of, base_of, merge_lora, remove_lora, trained_tensors
 from model import Decoder, ModelConfig, Transformer
 from parallel import Env
 from plot import line_chart
 from preferences import Pair
 from rejection import check_tokenizer
 from survive import in_run_folder
+from tensor_files import read_tensors
 from train import Loop, guarded, micro_batch, steps_of, train
 from watch import read_log, write_results
 from work import fingerprint

@@ -21,12 +21,12 @@ from typing import Literal
 
 import torch
 
+from adapters import open_model
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, check_tokens, render
 from config import UserError, parse, require, run
 from documents import write_documents
 from generation import Packed, check_speculation, room_of
-from lora import open_model
 from model import Transformer, check_sampling, generate_stream
 from parallel import choose_device, choose_precision
 

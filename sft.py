@@ -34,19 +34,21 @@ from tqdm import tqdm
 
 import data
 import stdlib_chat
+from adapters import Adapter, add_adapter, open_model
 from attention import Mask
 from batches import IGNORE, SPLITS, Batches
 from bpe import Tokenizer
 from chat import TEMPLATES, Template, jinja, read_conversations, render, with_chat_tokens
 from checkpoint import read_json
 from config import UserError, parse, require, run
-from lora import Adapter, add_adapter, base_of, load_base, open_model
+from lora import base_of
 from metaspace import load_tokenizer
 from mixture import Replay
 from model import ModelConfig, Transformer, extend_embedding, generate
 from objectives import next_token_loss
 from parallel import Env
 from positions import extended
+from quantize import load_base
 from survive import in_run_folder
 from train import Loop, evaluate, guarded, micro_batch, steps_of, train
 from watch import spent, write_results

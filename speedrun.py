@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpe import cores
 from config import UserError, open_whole, parse, run
+from workers import cores
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The stages

@@ -32,10 +32,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import adapters
 import lora
-from checkpoint import load_state, read_json, save_model, save_state, states, write_order, write_settings
+from checkpoint import load_state, read_json, save_model, save_state, states, write_settings
 from config import UserError, show
 from parallel import PATIENCE, Env, own_part, part_at
+from tensor_files import write_order
 
 
 class BadStep(UserError):
@@ -162,10 +164,10 @@ def save_whole(model: nn.Module, tokenizer, folder: Path, env: Env):
         if not adapted:
             save_model(model, tokenizer, folder, tensors=tensors)
             return
-        lora.save_adapter(model, folder / "adapter", tokenizer, tensors=tensors)
+        adapters.save_adapter(model, folder / "adapter", tokenizer, tensors=tensors)
         base = lora.base_of(model)
         if base and base["merge"]:
-            lora.merge_folders(base["folder"], folder / "adapter", folder, base["quantize"])
+            adapters.merge_folders(base["folder"], folder / "adapter", folder, base["quantize"])
     env.each(lambda: together(write, [tensors], env.rank), patient=True)
 
 
@@ -244,7 +246,7 @@ class Run:
     def beside(self, folder: Path):
         """Make a state's folder a model folder too: sample.py and transformers open it."""
         if lora.adapters_of(self.model):
-            lora.write_adapter_settings(self.model, self.tokenizer, folder)
+            adapters.write_adapter_settings(self.model, self.tokenizer, folder)
         elif hasattr(self.model, "task"):  # a model of ours, not some module
             write_settings(self.model, self.tokenizer, folder)
 

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters import open_model
 from attention import Mask
 from batches import IGNORE, Batches
 from bpe import Tokenizer
 from checkpoint import read_json
 from config import UserError, file_checksum, open_whole
 from divergence import Live, TopK, log_probabilities
-from lora import effective_weight, open_model
+from lora import effective_weight
 from model import Transformer
 from parallel import Env, inside
 from survive import alone

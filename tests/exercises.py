@@ -257,7 +257,7 @@ EXERCISES: tuple[Exercise, ...] = (
         ("Project, cut into heads, norm, turn, remember, attend, join the heads, project.",
          "x.view(B, T, -1, head_dim).transpose(1, 2) makes heads; rotate(q, *rope) turns.")),
     Exercise(
-        "safetensors", "checkpoint.py", "write_tensors",
+        "safetensors", "tensor_files.py", "write_tensors",
         "a file of weights that needs no pickle", 30, "middle", {
             "test_checkpoint.py::test_a_file_is_eight_bytes_of_length_a_json_header_and_raw_bytes":
                 "The bytes are not those of the format: eight bytes of length, little-endian; a JSON header "

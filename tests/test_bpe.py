@@ -21,6 +21,7 @@ import bpe
 from bpe import (PATTERN, Tokenizer, learn_merges, merge, merge_ids, merge_long, split, split_stream,
                  train_plain)
 from config import UserError
+from workers import in_processes
 
 END = "<|endoftext|>"
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -711,7 +712,7 @@ def test_training_reads_a_generator_as_it_goes(corpus):
             read.append(len(text))
             yield text
 
-    results = bpe.in_processes(bpe.count_pieces, (PATTERN, ()), bpe.batches(texts()), workers=2)
+    results = in_processes(bpe.count_pieces, (PATTERN, ()), bpe.batches(texts()), workers=2)
     next(results)
     assert sum(read) < 10 * bpe.WINDOW, f"{sum(read):,} characters were read for the first result"
     results.close()
@@ -735,7 +736,7 @@ def kill_itself(context, batch):
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_killed_process_is_one_line_and_no_endless_wait(corpus):
     with pytest.raises(UserError, match="one of 2 workers was killed"):
-        list(bpe.in_processes(kill_itself, None, bpe.batches(corpus), workers=2))
+        list(in_processes(kill_itself, None, bpe.batches(corpus), workers=2))
 
 
 SPAWN = """

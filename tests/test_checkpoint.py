@@ -1,4 +1,4 @@
-"""checkpoint.py: tensors, models, states; against safetensors and transformers; damaged and killed."""
+"""checkpoint.py, tensor_files.py: tensors, models, states, against safetensors and transformers; damaged, killed."""
 import builtins
 import errno
 import json
@@ -19,10 +19,10 @@ import torch
 import checkpoint
 import families
 from bpe import Tokenizer
-from checkpoint import (load_model, load_state, read_chat_template, read_header, read_tensors, save_model,
-                        save_state, write_tensors)
+from checkpoint import load_model, load_state, read_chat_template, save_model, save_state
 from config import UserError
 from model import ModelConfig, Transformer
+from tensor_files import DTYPES, read_header, read_tensors, write_tensors
 
 SAFE_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
 
@@ -42,7 +42,7 @@ def some_tensor(dtype, shape):
 
 def zoo():
     """Every type in the shapes that go wrong: no dimension, no element, odd sizes, ones."""
-    return {f"{name} {list(shape)} 张量": some_tensor(dtype, shape) for name, dtype in checkpoint.DTYPES.items()
+    return {f"{name} {list(shape)} 张量": some_tensor(dtype, shape) for name, dtype in DTYPES.items()
             for shape in ((), (0,), (3, 0, 2), (1,), (3, 5), (2, 1, 3))}
 
 
@@ -82,7 +82,7 @@ def test_we_read_what_the_safetensors_package_writes(tmp_path):
 
 
 def test_every_type_of_the_safetensors_package_is_known():
-    assert safetensors.torch._TYPES.items() <= checkpoint.DTYPES.items()
+    assert safetensors.torch._TYPES.items() <= DTYPES.items()
 
 
 def test_views_transposed_strided_and_with_gradients_are_written_as_they_look(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import exercise as course
+import grading
 from config import UserError
 from exercises import EXERCISES
 from support import in_process
@@ -65,16 +66,16 @@ def test_each_exercise_has_three_wrong_answers_and_every_second_a_right_one():
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["unix", "windows"])
 def test_blanking_takes_the_body_and_leaves_all_else_byte_for_byte(one, line_end):
     source = original_of(one).replace(b"\r\n", b"\n").replace(b"\n", line_end)
-    bare = course.blank(source, one.function, one.name)
+    bare = grading.blank(source, one.function, one.name)
     compile(bare, one.file, "exec")
-    place, left = course.find(source, one.function), course.find(bare, one.function)
+    place, left = grading.find(source, one.function), grading.find(bare, one.function)
     lines, bare_lines = source.splitlines(keepends=True), bare.splitlines(keepends=True)
     assert lines[:place.first] == bare_lines[:left.first] and lines[place.last:] == bare_lines[left.last:]
     kept = bare_lines[left.first:left.last - 1]
     assert kept == lines[place.first:place.first + len(kept)], "signature or docstring changed"
     assert ast.get_docstring(left.node) == ast.get_docstring(place.node)
-    assert course.is_blank(left.node, one.name) and not course.is_blank(place.node, one.name)
-    restored, numbers = course.with_functions(bare, source, [one.function])
+    assert grading.is_blank(left.node, one.name) and not grading.is_blank(place.node, one.name)
+    restored, numbers = grading.with_functions(bare, source, [one.function])
     assert restored == source and numbers[-1] == len(bare_lines)
     assert 0 <= place.last - left.last <= 40, "a function of 40 lines is enough for an exercise"
 
@@ -99,13 +100,13 @@ async def last():
 @pytest.mark.parametrize("function", ["Ä.ü", "one", "last"])
 def test_blanking_is_safe_for_tabs_other_letters_and_odd_layouts(function):
     source = ODD.encode()
-    bare = course.blank(source, function, "odd")
-    place, left = course.find(source, function), course.find(bare, function)
+    bare = grading.blank(source, function, "odd")
+    place, left = grading.find(source, function), grading.find(bare, function)
     assert bare.splitlines()[:left.first] == source.splitlines()[:place.first]
     assert bare.splitlines()[left.last:] == source.splitlines()[place.last:]
-    assert course.is_blank(left.node, "odd") and b"Eq. 7" not in bare[:-1] or function != "Ä.ü"
+    assert grading.is_blank(left.node, "odd") and b"Eq. 7" not in bare[:-1] or function != "Ä.ü"
     assert ast.get_docstring(left.node) == ast.get_docstring(place.node)
-    assert course.with_functions(bare, source, [function])[0].rstrip(b"\n") == source
+    assert grading.with_functions(bare, source, [function])[0].rstrip(b"\n") == source
 
 
 # --- The commands, on a product of one function -------------------------------------------------------------
@@ -176,7 +177,7 @@ def toy(tmp_path, monkeypatch, capsys):
 def answer(tmp_path, body, name="double"):
     """Write a body into the function in my/, as a learner does."""
     path = tmp_path / "my" / "toy.py"
-    bare = course.blank(path.read_bytes(), name, name).decode()
+    bare = grading.blank(path.read_bytes(), name, name).decode()
     line = f'    raise NotImplementedError("exercise {name}: write this function")\n'
     assert line in bare
     written = textwrap.indent(textwrap.dedent(body), "    ") + "\n"
@@ -325,8 +326,8 @@ def test_a_class_that_an_editor_has_indented_anew_is_told_of(indent):
     f, g = (type(EXERCISES[0])(name, "toy.py", f"A.{name}", "", 5, "easy", {}, ()) for name in "fg")
     mine = original.replace("    ", indent).encode()
     for one in (f, g):
-        assert "four spaces" in course.prepare(one, {"f": f, "g": g}, mine, original.encode()).problem
-    assert course.prepare(f, {"f": f}, mine, original.encode()).problem is None, "it is Python all the same"
+        assert "four spaces" in grading.prepare(one, {"f": f, "g": g}, mine, original.encode()).problem
+    assert grading.prepare(f, {"f": f}, mine, original.encode()).problem is None, "it is Python all the same"
 
 
 def test_helpers_and_imports_of_the_learners_own_are_welcome(toy, tmp_path):
@@ -395,9 +396,9 @@ def test_a_folder_of_that_name_which_is_the_users_own_is_left_alone(toy, tmp_pat
                                                 ("transformers", "the package transformers")])
 def test_a_missing_package_is_one_line_with_what_to_install(toy, tmp_path, monkeypatch, package, words):
     if package == "pytest":
-        monkeypatch.setattr(course.sys, "executable", sys.executable)
-        monkeypatch.setattr(course, "pytest_words", lambda *_: [])
-        monkeypatch.setattr(course.subprocess, "Popen", without_pytest(subprocess.Popen))
+        monkeypatch.setattr(grading.sys, "executable", sys.executable)
+        monkeypatch.setattr(grading, "pytest_words", lambda *_: [])
+        monkeypatch.setattr(grading.subprocess, "Popen", without_pytest(subprocess.Popen))
     else:
         path = tmp_path / "tests" / "test_toy.py"
         path.write_text("import transformers.nothing_of_that_name\n" + TESTS, encoding="utf-8")
@@ -455,31 +456,31 @@ def verdict(tmp_path_factory):
     """Gives the Verdict on a learner's file for an exercise, as exercise.py grade does, but in less time."""
     folder, count = tmp_path_factory.mktemp("product").resolve(), 0
     course.copy_product(folder)
-    environment = course.environment_of_tests()
+    environment = grading.environment_of_tests()
     del environment["PYTHONDONTWRITEBYTECODE"]  # the files of tests are read some 400 times
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True, env=environment) if hasattr(os, "fork") else None
 
     def run(one):
         if server is None:
-            return course.run_tests(one, folder, LIMIT)
-        asked = [str(folder), course.pytest_words(one, LIMIT), LIMIT]
+            return grading.run_tests(one, folder, LIMIT)
+        asked = [str(folder), grading.pytest_words(one, LIMIT), LIMIT]
         print(json.dumps(asked), file=server.stdin, flush=True)
         return json.loads(server.stdout.readline())
 
     def judge(one, source):
         nonlocal count
         count += 1
-        answer = course.prepare(one, ALL, source, original_of(one))
+        answer = grading.prepare(one, ALL, source, original_of(one))
         if answer.problem:
-            return course.Verdict(False, answer.problem)
+            return grading.Verdict(False, answer.problem)
         path = folder / one.file
         path.write_bytes(answer.content)
         os.utime(path, (count, count))  # or the bytecode of the last answer would do for one of equal length
         for name in ("report.xml", "output"):
             (folder / name).unlink(missing_ok=True)
         try:
-            return course.judge(one, answer, folder, run(one), LIMIT)
+            return grading.judge(one, answer, folder, run(one), LIMIT)
         finally:
             path.write_bytes(original_of(one))
     yield judge
@@ -490,14 +491,14 @@ def verdict(tmp_path_factory):
 
 def with_body(one, body) -> bytes:
     """The exercise's file with another body of the function."""
-    bare = course.blank(original_of(one), one.function, one.name)
+    bare = grading.blank(original_of(one), one.function, one.name)
     line = next(line for line in bare.splitlines(keepends=True) if b"NotImplementedError(\"exercise " in line)
     indent = line[:len(line) - len(line.lstrip())].decode()
     return bare.replace(line, textwrap.indent(textwrap.dedent(body).strip("\n") + "\n", indent).encode())
 
 
 def with_change(one, change) -> bytes:
-    source, place = original_of(one), course.find(original_of(one), one.function)
+    source, place = original_of(one), grading.find(original_of(one), one.function)
     lines = source.splitlines(keepends=True)
     text = b"".join(lines[place.first:place.last]).decode()
     for piece, instead in change.items():

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import families
-from checkpoint import load_model, model_config, read_tensors, save_model, write_tensors
+from checkpoint import load_model, model_config, save_model
 from config import UserError
 from model import ModelConfig, generate
 from support import TINY, random_ids, random_model, seeded
+from tensor_files import read_tensors, write_tensors
 
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)

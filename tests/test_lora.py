@@ -1,4 +1,4 @@
-"""lora.py, quantize.py: adapters and their files equal peft's, NF4 bitsandbytes'; the base never moves."""
+"""lora.py, adapters.py, quantize.py: adapters and their files equal peft's, NF4 bitsandbytes'; the base never moves."""
 import contextlib
 import copy
 import json
@@ -13,23 +13,25 @@ import torch
 import transformers
 from torch import nn
 
+import adapters
 import lora
-import quantize
 import sft
 import train
+from adapters import load_adapter, save_adapter
 from bpe import Tokenizer
 from chat import with_chat_tokens
-from checkpoint import load_model, load_state, read_tensors, save_model, write_tensors
+from checkpoint import load_model, load_state, save_model
 from config import UserError
 from costs import estimate_memory
-from lora import (adapter_off, add_lora, dequantize_int8, dequantize_nf4, load_adapter, lora_state,
-                  merge_lora, quantize_int8, quantize_model, quantize_nf4, save_adapter, switch_adapter,
-                  unmerge_lora)
+from lora import add_lora, adapter_off, lora_state, merge_lora, switch_adapter, unmerge_lora
 from model import extend_embedding
 from objectives import next_token_loss
 from parallel import Compute, Env, parallelize
+from quantize import (QUANTIZE, NF4, QuantizedLinear, dequantize, dequantize_int8, dequantize_nf4, load_base,
+                      quantize_int8, quantize_model, quantize_nf4, stored_parts)
 from sft import reply_loss
 from support import in_process, randn, random_ids, random_model, seeded
+from tensor_files import read_tensors, write_tensors
 from test_parallel import Windows, in_processes
 
 CPU = Env(torch.device("cpu"))
@@ -370,13 +372,13 @@ def test_what_two_processes_saved_in_parts_one_goes_on_from(tmp_path, changes):
     results = in_processes(2, [("run", task_run, (str(tmp_path / "two"), sharded))])["run"]
     assert results == [True, True], results
     task_run(str(tmp_path / "one"), changes)
-    one, two = (read_tensors(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("one", "two"))
+    one, two = (read_tensors(tmp_path / name / "adapter" / adapters.WEIGHTS) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)  # Adam divides tiny gradients
-    before = (tmp_path / "two" / "adapter" / lora.WEIGHTS).read_bytes()
+    before = (tmp_path / "two" / "adapter" / adapters.WEIGHTS).read_bytes()
     task_run(str(tmp_path / "two"), changes)  # from its end, in one process
-    assert (tmp_path / "two" / "adapter" / lora.WEIGHTS).read_bytes() == before
+    assert (tmp_path / "two" / "adapter" / adapters.WEIGHTS).read_bytes() == before
 
 
 class StopAt(Windows):
@@ -402,7 +404,7 @@ def test_stopping_and_going_on_equals_never_stopping_and_a_state_holds_adapters_
     with pytest.raises(UserError, match="holds a run with base a, not b"):
         one("parts", base="b")
     one("parts")
-    whole, parts = (tmp_path / name / "adapter" / lora.WEIGHTS for name in ("whole", "parts"))
+    whole, parts = (tmp_path / name / "adapter" / adapters.WEIGHTS for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
     _, tensors, _ = load_state(tmp_path / "whole" / "state")
     assert tensors.keys() == {"adapter_model", "optimizer"}
@@ -419,13 +421,13 @@ def test_the_levels_are_quantiles_of_the_normal_distribution():
     up, down = (torch.special.ndtri(torch.linspace(most, 0.5, n, dtype=torch.float64))[:-1] for n in (9, 8))
     levels = torch.cat([-down, torch.zeros(1), up.flip(0)]) / up[0]
     # the paper's table was computed in float32
-    torch.testing.assert_close(torch.tensor(lora.NF4, dtype=torch.float64), levels, rtol=0, atol=2e-7)
-    assert lora.NF4[0] == -1 and lora.NF4[7] == 0 and lora.NF4[15] == 1
+    torch.testing.assert_close(torch.tensor(NF4, dtype=torch.float64), levels, rtol=0, atol=2e-7)
+    assert NF4[0] == -1 and NF4[7] == 0 and NF4[15] == 1
 
 
 def nearest_levels(weight, block_size):
     """By brute force: each number's nearest level, block by block."""
-    levels, result = torch.tensor(lora.NF4), []
+    levels, result = torch.tensor(NF4), []
     for block in weight.flatten().split(block_size):
         scale = block.abs().max()
         nearest = ((block / scale if scale > 0 else block)[:, None] - levels).abs().argmin(dim=1)
@@ -471,8 +473,8 @@ def test_bits_a_weight_and_errors_of_the_ladder():
     weight = randn(1024, 1024)
 
     def bits(kind):
-        q = lora.QUANTIZE[kind](weight)
-        return sum(p.nbytes for p in lora.stored_parts(q).values()) * 8 / weight.numel()
+        q = QUANTIZE[kind](weight)
+        return sum(p.nbytes for p in stored_parts(q).values()) * 8 / weight.numel()
     assert bits("nf4") == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert bits("nf4") == pytest.approx(4.127, abs=1e-3), "the paper's figure"
     assert bits("int8") == pytest.approx(8 + 32 / 256, abs=1e-4)
@@ -493,16 +495,16 @@ def test_bits_a_weight_and_errors_of_the_ladder():
 def test_large_tensors_are_quantised_in_parts_that_change_nothing(monkeypatch):
     weight = randn(100, 70)
     whole = quantize_nf4(weight, double=True), quantize_int8(weight)
-    monkeypatch.setattr(quantize, "AT_ONCE", 600)
+    monkeypatch.setattr("quantize.AT_ONCE", 600)
     for a, b in zip(whole, (quantize_nf4(weight, double=True), quantize_int8(weight))):
-        assert torch.equal(lora.dequantize(a), lora.dequantize(b)) and torch.equal(a.codes, b.codes)
+        assert torch.equal(dequantize(a), dequantize(b)) and torch.equal(a.codes, b.codes)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_model_is_the_dequantised_one_in_outputs_and_gradients(kind):
     model = quantize_model(random_model(attention_bias=True), kind)
     plain = merge_lora(copy.deepcopy(model), dequantize=True)
-    assert not any(isinstance(m, lora.QuantizedLinear) for m in plain.modules())
+    assert not any(isinstance(m, QuantizedLinear) for m in plain.modules())
     assert type(model.lm_head) is nn.Linear and not isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
     assert torch.equal(model(IDS), plain(IDS))
     grads = []
@@ -515,7 +517,7 @@ def test_a_quantised_model_is_the_dequantised_one_in_outputs_and_gradients(kind)
 
 
 def test_the_backward_pass_keeps_no_dequantised_weight():
-    layer = lora.QuantizedLinear.of(nn.Linear(512, 512, bias=False), "nf4")
+    layer = QuantizedLinear.of(nn.Linear(512, 512, bias=False), "nf4")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(randn(2, 512).requires_grad_()).sum().backward()
@@ -532,13 +534,13 @@ def test_casting_a_quantised_model_does_not_round_its_scales():
 def test_loading_quantises_one_matrix_after_the_other(tmp_path, monkeypatch):
     model = random_model(attention_bias=True)
     save_model(model, None, tmp_path)
-    held, of = [], lora.QuantizedLinear.of.__func__
-    monkeypatch.setattr(lora.QuantizedLinear, "of", classmethod(
+    held, of = [], QuantizedLinear.of.__func__
+    monkeypatch.setattr(QuantizedLinear, "of", classmethod(
         lambda cls, linear, kind: (held.append(linear.weight.shape), of(cls, linear, kind))[1]))
-    loaded, _ = lora.load_base(tmp_path, "nf4")
+    loaded, _ = load_base(tmp_path, "nf4")
     assert len(held) == 14, "each as it is read"
     assert torch.equal(loaded(IDS), quantize_model(model)(IDS))
-    assert torch.equal(lora.load_base(tmp_path)[0](IDS), random_model(attention_bias=True)(IDS))
+    assert torch.equal(load_base(tmp_path)[0](IDS), random_model(attention_bias=True)(IDS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -592,10 +594,10 @@ def base_and_adapter(folder, quantize=None, **options):
     base = random_model(vocab_size=259, **options)
     save_model(base, PLAIN, folder / "base")
     tokenizer = with_chat_tokens(PLAIN)
-    base, _ = lora.load_base(folder / "base", quantize)
+    base, _ = load_base(folder / "base", quantize)
     extend_embedding(base, tokenizer.vocab_size)
     adapted_model(model=base, token_ids=[259, 260])
-    lora.base_of(base).update(folder=str(folder / "base"), sha256=lora.fingerprint(folder / "base"),
+    lora.base_of(base).update(folder=str(folder / "base"), sha256=adapters.fingerprint(folder / "base"),
                               quantize=quantize)
     save_adapter(base, folder / "adapter", tokenizer)
     return base.eval()
@@ -614,7 +616,7 @@ def test_a_merged_folder_is_a_plain_model_that_says_what_the_adapted_one_did(tmp
     assert code == 0 and "note:" not in out, err
     ids = random_ids(2, 12, vocab_size=261)
     for folder in ("merged", "adapter"):  # an adapter's folder opens too, its base being where it says
-        opened, tokenizer = lora.open_model(tmp_path / folder)
+        opened, tokenizer = adapters.open_model(tmp_path / folder)
         torch.testing.assert_close(opened(ids), model(ids), rtol=1e-5, atol=1e-5)  # sums in another order
         assert tokenizer.vocab_size == 261 and "<|im_end|>" in tokenizer.special_tokens
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -640,13 +642,13 @@ def test_merging_into_other_weights_and_merging_twice_are_refused_unless_asked_f
 
 def test_an_adapter_opens_only_on_the_weights_that_it_was_trained_on(tmp_path):
     base_and_adapter(tmp_path)
-    lora.open_model(tmp_path / "adapter")
+    adapters.open_model(tmp_path / "adapter")
     other = random_model(vocab_size=259)
     other.lm_head.weight.data += 1
     shutil.rmtree(tmp_path / "base")
     save_model(other, PLAIN, tmp_path / "base")
     with pytest.raises(UserError, match="was trained on other weights than those that lie in"):
-        lora.open_model(tmp_path / "adapter")
+        adapters.open_model(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("given, words", [
@@ -704,18 +706,18 @@ def test_sft_trains_adapters_and_leaves_a_plain_model_and_an_adapter(stage, tmp_
     assert code == 0, err[-2000:]
     assert "adapters of rank 2 on 14 layers" in out and "2 new tokens' rows in embedding and head" in out
     assert "adapters' B" in out and "embedding and head (" not in out
-    model, tokenizer = lora.open_model(tmp_path / "run")
+    model, tokenizer = adapters.open_model(tmp_path / "run")
     assert tokenizer.vocab_size == 261 and model.config.max_seq_len == changes.get("seq_len", 64)
     assert (tmp_path / "run" / "model.safetensors").exists() == ("lora_merge" not in changes)
-    opened = lora.open_model(tmp_path / "run" / "adapter")[0]
+    opened = adapters.open_model(tmp_path / "run" / "adapter")[0]
     torch.testing.assert_close(opened(IDS), model(IDS), rtol=1e-5, atol=1e-5)
     state = max((tmp_path / "run" / "state").glob("step_*"))
     names = {file.name for file in state.iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
-    assert torch.equal(lora.open_model(state)[0](IDS), opened(IDS))
-    before = (tmp_path / "run" / "adapter" / lora.WEIGHTS).read_bytes()
+    assert torch.equal(adapters.open_model(state)[0](IDS), opened(IDS))
+    before = (tmp_path / "run" / "adapter" / adapters.WEIGHTS).read_bytes()
     code, out, err = in_process(monkeypatch, capsys, sft.main, *words)  # goes on from its end
-    assert code == 0 and before == (tmp_path / "run" / "adapter" / lora.WEIGHTS).read_bytes(), err
+    assert code == 0 and before == (tmp_path / "run" / "adapter" / adapters.WEIGHTS).read_bytes(), err
 
 
 def test_a_run_does_not_go_on_with_another_base_in_the_same_folder(stage, tmp_path, monkeypatch, capsys):
@@ -778,8 +780,8 @@ def test_an_adapter_for_another_base_is_refused(tmp_path, changes, words):
     ("an_option_of_the_future", 7), ("use_qalora", True)])
 def test_options_of_peft_that_are_not_known_are_refused_by_name(tmp_path, option, value):
     save_adapter(adapted_model(), tmp_path)
-    config = json.loads((tmp_path / lora.CONFIG).read_text("utf-8"))
-    (tmp_path / lora.CONFIG).write_text(json.dumps({**config, option: value}), "utf-8")
+    config = json.loads((tmp_path / adapters.CONFIG).read_text("utf-8"))
+    (tmp_path / adapters.CONFIG).write_text(json.dumps({**config, option: value}), "utf-8")
     with pytest.raises(UserError, match=f"{option} .*is not supported here"):
         load_adapter(random_model(), tmp_path)
 
@@ -787,7 +789,7 @@ def test_options_of_peft_that_are_not_known_are_refused_by_name(tmp_path, option
 def test_an_adapter_whose_base_is_not_there_says_so(tmp_path):
     save_adapter(adapted_model(), tmp_path)
     with pytest.raises(UserError, match="is an adapter for None, and there is no such folder here; merge it"):
-        lora.open_model(tmp_path)
+        adapters.open_model(tmp_path)
 
 
 @pytest.mark.parametrize("option, value", [
@@ -798,8 +800,8 @@ def test_an_adapter_whose_base_is_not_there_says_so(tmp_path):
     ("trainable_token_indices", [3]), ("trainable_token_indices", None)])
 def test_a_damaged_adapter_config_is_one_line(tmp_path, option, value):
     save_adapter(adapted_model(token_ids=[3, 4]), tmp_path)
-    config = json.loads((tmp_path / lora.CONFIG).read_text("utf-8"))
-    (tmp_path / lora.CONFIG).write_text(json.dumps({**config, option: value}), "utf-8")
+    config = json.loads((tmp_path / adapters.CONFIG).read_text("utf-8"))
+    (tmp_path / adapters.CONFIG).write_text(json.dumps({**config, option: value}), "utf-8")
     with pytest.raises(UserError, match="damaged|another base|out of range"):
         load_adapter(random_model(), tmp_path)
 
@@ -807,9 +809,9 @@ def test_a_damaged_adapter_config_is_one_line(tmp_path, option, value):
 @pytest.mark.parametrize("layer", ["model.layers.0.self_attn.q_proj", "model.norm", "model", "lm_head"])
 def test_rows_of_tokens_are_of_the_embedding_or_the_head_and_of_their_shape(tmp_path, layer):
     save_adapter(adapted_model(token_ids=[3, 4]), tmp_path)
-    tensors = read_tensors(tmp_path / lora.WEIGHTS)
+    tensors = read_tensors(tmp_path / adapters.WEIGHTS)
     tensors[f"base_model.model.{layer}.token_adapter.trainable_tokens_delta"] = torch.zeros(1, 32)
-    write_tensors(tmp_path / lora.WEIGHTS, tensors)
+    write_tensors(tmp_path / adapters.WEIGHTS, tensors)
     with pytest.raises(UserError, match="is an adapter for another base: token_rows of "):
         load_adapter(random_model(), tmp_path)
 
@@ -827,13 +829,13 @@ def test_a_damaged_base_json_is_one_line(tmp_path, monkeypatch, capsys):
 def test_a_merged_folder_opens_without_its_base_and_an_adapter_is_no_base(tmp_path):
     model = base_and_adapter(tmp_path)
     (tmp_path / "run").mkdir()
-    lora.merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "run")
+    adapters.merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "run")
     shutil.move(tmp_path / "adapter", tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "base")
-    opened, _ = lora.open_model(tmp_path / "run")
+    opened, _ = adapters.open_model(tmp_path / "run")
     torch.testing.assert_close(opened(IDS), model(IDS), rtol=1e-5, atol=1e-5)  # sums in another order
     with pytest.raises(UserError, match="is an adapter, no whole model; merge it with its base"):
-        lora.load_base(tmp_path / "run" / "adapter")
+        load_base(tmp_path / "run" / "adapter")
 
 
 def test_a_folder_that_holds_an_adapter_alone_is_called_that(tmp_path):
@@ -844,9 +846,9 @@ def test_a_folder_that_holds_an_adapter_alone_is_called_that(tmp_path):
     shutil.copytree(tmp_path / "adapter", tmp_path / "run" / "adapter")
     for folder, adapter in (("adapter", "adapter"), ("run", "run/adapter")):
         with pytest.raises(UserError, match=f"is an adapter, no whole model; .*--adapter .*/{adapter} --out F"):
-            lora.load_base(tmp_path / folder)
+            load_base(tmp_path / folder)
         with pytest.raises(UserError, match="is an adapter, no whole model"):
-            lora.merge_folders(tmp_path / folder, tmp_path / "adapter", tmp_path / "merged")
+            adapters.merge_folders(tmp_path / folder, tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_lora_py_without_a_word_says_what_it_does(monkeypatch, capsys):

@@ -13,12 +13,13 @@ import distill
 import model as model_file
 from attention import Mask, attention
 from bpe import Tokenizer
-from checkpoint import load_model, read_tensors, save_model
+from checkpoint import load_model, save_model
 from config import UserError
 from divergence import FLOOR, Divergence
 from matching import add_projection, attention_match, hidden_match, watched
 from parallel import Env
 from support import VARIANTS, randn, random_ids, random_model, write_shards
+from tensor_files import read_tensors
 
 CPU = Env(torch.device("cpu"))
 TOKENIZER = Tokenizer([(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"])  # 259 ids

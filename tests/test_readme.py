@@ -58,7 +58,7 @@ def settings_class(one):
         return importlib.import_module(name).Settings, words
     if one.script == "lora.py":
         assert words.pop(0) == "merge"
-        return importlib.import_module("lora").Merge, words
+        return importlib.import_module("adapters").Merge, words
     if "--train_reward_model" in words:
         words.remove("--train_reward_model")
         return importlib.import_module("reward_model").Settings, words

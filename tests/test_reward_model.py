@@ -12,12 +12,12 @@ import torch.nn.functional as F
 import reward_model
 import sample
 import train
+from adapters import open_model
 from bpe import Tokenizer
 from chat import CHATML, TEMPLATES, with_chat_tokens
 from checkpoint import load_model, save_model
 from config import UserError
 from families import DEFAULTS
-from lora import open_model
 from parallel import Env
 from preferences import encode_pairs
 from reward_model import (Answers, RewardModel, calibration, histogram, judge, load_reward_model, pad_id,

@@ -1,9 +1,9 @@
-"""Adapters in files and in stages: peft's format, a base and its adapter as one model, settings.
+"""Adapters merged into their base, or opened with it; their files, in peft's format; settings of the stages.
 
     python lora.py merge --base runs/base --adapter runs/lora/adapter --out runs/merged
 
-lora.py holds the algorithm. An adapter's folder is what the peft library writes and reads; beside it lie the
-tokenizer, how far the model reads (config.json), and in base.json on which weights it stands. `open_model`
+lora.py holds the algorithm. An adapter's folder is what the peft library writes and reads; for us it also has
+the tokenizer, how far the model reads (config.json), and on which weights it stands (base.json). `open_model`
 reads a folder of either kind, a model or an adapter, as one plain model.
 """
 import hashlib

@@ -674,7 +674,7 @@ def number_special_tokens(special_tokens, vocab, ids) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# For the processes
+# What the processes of workers.py get: batches of texts, a function
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

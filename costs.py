@@ -122,7 +122,7 @@ def estimate_memory(config: "ModelConfig", batch_size: int, seq_len: int, *, opt
     batch_size: windows held at once, a micro-batch. chunk: logits that the chunked loss holds at once.
     masked: batches bring a mask; a bound, as if it let all T see all T. shards: into how many parts "fsdp"
     and "hsdp" cut the weights. lora_rank: only adapters of all linear layers in blocks are trained, the base
-    being stored as `quantize` says (lora.py); of one process, in fp32.
+    being stored as `quantize` says (quantize.py); of one process, in fp32.
 
     Each part is the most that it takes. Together they are what a micro-batch finds that is not the first of
     its step; a step of one stays below, its gradients coming as its activations go, and so do checkpointed

@@ -11,7 +11,7 @@
 You work in the folder my/, a copy of the product with its tests, so nothing of the original can be lost. What
 is graded is your whole file among the product's other files: helper functions and imports of your own are
 welcome, as long as the function keeps its name and its parameters. The tests and their hints stand in
-tests/exercises.py. The tests need what `pip install -r requirements-dev.txt` installs.
+tests/exercises.py, the grader in grading.py. `pip install -r requirements-dev.txt` installs what tests need.
 
 Your answer runs as a program of your own, with all that it may do: grade nobody else's without a sandbox, and
 take no pass for a proof, as an answer can call the original.
@@ -330,7 +330,7 @@ def show_progress(exercises: dict):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Grading: grading.py has the verdict
+# 3. The command that grades; grading.py finds the verdict
 
 
 def grade(exercise, exercises: dict, settings: Grade):

@@ -14,8 +14,8 @@ By hand: a W of 1,024 x 512 has 524,288 numbers; with r = 8, A has 8 x 512 and B
     python lora.py merge --base runs/base --adapter runs/lora/adapter --out runs/merged
 
 Both runs leave a plain model folder (merged) and in it `adapter/`, in the format of the peft library: for the
-model of the main job 329 KiB at rank 8, 49 at rank 1, where the whole has 7.3 MiB. Files, settings of the
-stages and the command stand in adapters.py.
+model of the main job 329 KiB at rank 8, 49 at rank 1, where the whole has 7.3 MiB. adapters.py reads,
+writes and merges such folders, and has the settings of the stages.
 """
 import contextlib
 import math
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from config import UserError, parse, require, run
 from model import Transformer
 # Some of these names are imported to be names of this file, too (F401)
-from quantize import (NF4, NF4Tensor, QuantizedLinear, dequantize_nf4, quantize_model,  # noqa: F401
+from quantize import (NF4Tensor, QuantizedLinear, dequantize_nf4, quantize_model,  # noqa: F401
                       quantize_nf4, weight_of)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Rows(nn.Module):
 
 
 def place_of(weight: Tensor) -> torch.device:
-    """Where an adapter of this weight lives; beside one without memory (see merge_folders), on the CPU."""
+    """Where an adapter of this weight lives; on the CPU if that has no memory (adapters.merge_folders)."""
     return torch.device("cpu") if weight.is_meta else weight.device
 
 
@@ -376,6 +376,11 @@ def remove_lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def base_of(model: nn.Module) -> dict:
+    """{"folder", "sha256", "quantize"} of the base that the adapters stand on, where that is known."""
+    return model.__dict__.setdefault("adapter_base", {})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 3. What is trained, by the names that peft gives it
 
@@ -407,9 +412,8 @@ def active_adapter(model: nn.Module) -> str | None:
     return next((module.adapters.active for _, module in adapted(model)), None)
 
 
-def base_of(model: nn.Module) -> dict:
-    """{"folder", "sha256", "quantize"} of the base that the adapters stand on, where that is known."""
-    return model.__dict__.setdefault("adapter_base", {})
+# ------------------------------------------------------------------------------------------------------------
+# 4. The command: merge, which adapters.py does
 
 
 def main():

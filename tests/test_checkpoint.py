@@ -1,4 +1,4 @@
-"""checkpoint.py, tensor_files.py: tensors, models, states, against safetensors and transformers; damaged, killed."""
+"""checkpoint.py, tensor_files.py: against safetensors and transformers; damaged and killed."""
 import builtins
 import errno
 import json

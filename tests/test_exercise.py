@@ -283,7 +283,7 @@ def test_a_loop_is_stopped_with_all_that_it_started(toy, tmp_path):
 @pytest.mark.parametrize("variable", ["CI", "BUILD_NUMBER"])
 def test_a_long_list_that_is_wrong_is_judged_at_once_where_pytest_writes_whole_differences(
         toy, tmp_path, monkeypatch, variable):
-    # Like one another and none the same, so that difflib compares each with each, 36 seconds long.
+    # Like one another and none the same, so that difflib compares each with each, for minutes.
     numbers = "[10_000 + 2 * (i ** 3 % 9973) for i in range(400)]"
     (tmp_path / "tests" / "test_toy.py").write_text(TESTS.replace(
         "toy.double(2) == 4", f"toy.double({numbers}) == 2 * {numbers}"), encoding="utf-8")

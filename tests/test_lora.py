@@ -1,4 +1,4 @@
-"""lora.py, adapters.py, quantize.py: adapters and their files equal peft's, NF4 bitsandbytes'; the base never moves."""
+"""lora.py, adapters.py, quantize.py: files equal peft's, NF4 bitsandbytes'; the base never moves."""
 import contextlib
 import copy
 import json
@@ -693,7 +693,7 @@ def sft_words(stage, out, **changes):
     given = {"data": stage / "talks.jsonl", "init_from": stage / "base", "replay": "none", "out": out,
              "steps": 4, "seq_len": 64, "batch_size": 4, "questions": 2, "precision": "fp32", "device": "cpu",
              "lora_rank": 2, "save_every": 2, **changes}
-    return [word for name, value in given.items() for word in (f"--{name}", *str(value).split())]
+    return [word for name, value in given.items() for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))]
 
 
 @pytest.mark.parametrize("changes", [

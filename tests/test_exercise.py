@@ -396,7 +396,6 @@ def test_a_folder_of_that_name_which_is_the_users_own_is_left_alone(toy, tmp_pat
                                                 ("transformers", "the package transformers")])
 def test_a_missing_package_is_one_line_with_what_to_install(toy, tmp_path, monkeypatch, package, words):
     if package == "pytest":
-        monkeypatch.setattr(grading.sys, "executable", sys.executable)
         monkeypatch.setattr(grading, "pytest_words", lambda *_: [])
         monkeypatch.setattr(grading.subprocess, "Popen", without_pytest(subprocess.Popen))
     else:

@@ -23,13 +23,12 @@ from chat import with_chat_tokens
 from checkpoint import load_model, load_state, save_model
 from config import UserError
 from costs import estimate_memory
-from lora import add_lora, adapter_off, lora_state, merge_lora, switch_adapter, unmerge_lora
+from lora import adapter_off, add_lora, merge_lora, switch_adapter, unmerge_lora
 from model import extend_embedding
 from objectives import next_token_loss
 from parallel import Compute, Env, parallelize
 from quantize import (QUANTIZE, NF4, QuantizedLinear, dequantize, dequantize_int8, dequantize_nf4, load_base,
                       quantize_int8, quantize_model, quantize_nf4, stored_parts)
-from sft import reply_loss
 from support import in_process, randn, random_ids, random_model, seeded
 from tensor_files import read_tensors, write_tensors
 from test_parallel import Windows, in_processes
@@ -693,7 +692,7 @@ def sft_words(stage, out, **changes):
     given = {"data": stage / "talks.jsonl", "init_from": stage / "base", "replay": "none", "out": out,
              "steps": 4, "seq_len": 64, "batch_size": 4, "questions": 2, "precision": "fp32", "device": "cpu",
              "lora_rank": 2, "save_every": 2, **changes}
-    return [word for name, value in given.items() for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))]
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.mark.parametrize("changes", [

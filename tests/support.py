@@ -214,3 +214,20 @@ def kill_in_the_middle(script, words, output):
         process.kill()
     for process in started:
         process.join()
+
+
+def wait_until(condition) -> bool:
+    """Whether it holds within 30 seconds: what was killed may live for a moment on a busy machine."""
+    for _ in range(300):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def is_alive(process) -> bool:
+    """Of its number; False where there is no /proc."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -21,6 +21,7 @@ import bpe
 from bpe import (PATTERN, Tokenizer, learn_merges, merge, merge_ids, merge_long, split, split_stream,
                  train_plain)
 from config import UserError
+from support import is_alive, wait_until
 from workers import in_processes
 
 END = "<|endoftext|>"
@@ -791,13 +792,6 @@ def test_processes_end_when_their_parent_is_killed(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(bpe.__file__).parent)}
     parent = subprocess.Popen([sys.executable, tmp_path / "endless.py"], env=environment)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-
-    def wait_until(condition):
-        for _ in range(300):
-            if condition():
-                return True
-            time.sleep(0.1)
-
     try:
         assert wait_until(lambda: len(children.read_text().split()) == 2), "no processes were started"
         workers = children.read_text().split()
@@ -806,10 +800,3 @@ def test_processes_end_when_their_parent_is_killed(tmp_path):
         parent.kill()
         parent.wait()
     assert wait_until(lambda: not any(map(is_alive, workers))), "processes outlived their parent"
-
-
-def is_alive(process) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
